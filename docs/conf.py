@@ -1,0 +1,53 @@
+"""The docs site, from the notebooks alone: `sphinx-build -W -b html -c docs . _docs/html`. Names, links and version come from settings.ini."""
+import sys
+from itertools import groupby
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent))
+from reader import ROOT, reference, rooms, settings
+
+s, book = settings(), rooms()
+project, author, version = s["title"], s["author"], s["version"]
+release, copyright, language = version, s["copyright"], "en"
+
+extensions = ["myst_nb", "sphinx-mathjax-offline"]
+root_doc = "index"
+include_patterns = ["index.ipynb", "nbs/[0-9][0-9]_*.ipynb", "docs/reference.md", "CONTRIBUTING.md"]
+source_suffix = {".ipynb": "myst-nb", ".md": "myst-nb"}
+templates_path = ["_templates"]
+
+nb_custom_formats = {f"{doc}.ipynb": ["reader.read", {"path": doc}, False] for doc in ["index"] + [r.doc for r in book]}
+nb_execution_mode = "off"
+nb_merge_streams = True
+nb_number_source_lines = False
+myst_enable_extensions = ["dollarmath", "amsmath", "colon_fence", "attrs_inline", "attrs_block", "deflist", "strikethrough"]
+myst_heading_anchors = 3
+myst_links_external_new_tab = False
+pygments_style = "tango"
+
+html_theme = "sphinx_book_theme"
+html_title = s["title"]
+html_static_path = ["_static"]
+html_css_files = ["book.css"]
+html_logo, html_favicon = "_static/logo.svg", "_static/favicon.svg"
+html_show_sphinx = False
+html_copy_source = False
+html_sidebars = {"**": ["navbar-logo.html", "search-button-field.html", "rooms.html"]}
+html_context = {
+    "default_mode": "light",
+    "book_description": s["description"],
+    "book_parts": [(part, [(r.doc, r.number, r.name, r.caption) for r in group]) for part, group in groupby(book, lambda r: r.part)],
+}
+html_theme_options = {
+    "repository_url": s["git_url"], "repository_branch": s["branch"], "path_to_docs": "",
+    "use_repository_button": True, "use_issues_button": False, "use_download_button": False, "use_fullscreen_button": False,
+    "show_toc_level": 2, "toc_title": "On this page",
+}
+
+
+def fill_reference(app, docname, source):
+    "docs/reference.md holds a place for the list of public names."
+    source[0] = source[0].replace("%%REFERENCE%%", reference(book))
+
+
+def setup(app): app.connect("source-read", fill_reference)
