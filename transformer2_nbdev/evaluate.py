@@ -8,7 +8,7 @@ __all__ = ['wilson', 'mcnemar', 'bootstrap', 'item_id', 'items_digest', 'check_s
            'answer_batch', 'check_settings', 'read_partial', 'settings_of', 'run_facts', 'versions', 'peak_memory',
            'evaluate', 'plot_accuracy', 'plot_paired', 'student_t', 'Summary', 'summarise']
 
-# %% ../nbs/07_evaluate.ipynb #887f83b7
+# %% ../nbs/07_evaluate.ipynb #6c58ccff
 import hashlib, json, math, os, platform, random, shlex, sys, time
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -24,7 +24,7 @@ from tqdm.auto import tqdm
 from .rollout import inner, rollout
 from .tasks import Task
 
-# %% ../nbs/07_evaluate.ipynb #0adbfe33
+# %% ../nbs/07_evaluate.ipynb #71bc950d
 def wilson(k: float,                  # right answers
            n: int,                    # questions
            confidence: float = .95,
@@ -36,20 +36,20 @@ def wilson(k: float,                  # right answers
     low, high = ((centre + s * half) / (1 + z * z / n) for s in (-1, 1))
     return (0. if k == 0 else low), (1. if k == n else high)
 
-# %% ../nbs/07_evaluate.ipynb #2bf63157
+# %% ../nbs/07_evaluate.ipynb #786a3ba3
 def mcnemar(gained: int, lost: int) -> float: # two-sided p
     "Exact McNemar test: a sign test on the questions that changed sides."
     n = gained + lost
     return min(1., sum(comb(n, i) for i in range(min(gained, lost) + 1)) / 2 ** (n - 1)) if n else 1.
 
-# %% ../nbs/07_evaluate.ipynb #6dbeab32
+# %% ../nbs/07_evaluate.ipynb #41bfcd2a
 def bootstrap(gained: int, lost: int, n: int, confidence: float = .95, resamples: int = 10_000, seed: int = 0) -> tuple[float, float]: # (low, high)
     "Percentile bootstrap of (gained - lost) / n over questions."
     draws = np.random.default_rng(seed).multinomial(n, [gained / n, lost / n, 1 - (gained + lost) / n], resamples)
     low, high = np.quantile((draws[:, 0] - draws[:, 1]) / n, [(1 - confidence) / 2, (1 + confidence) / 2])
     return float(low), float(high)
 
-# %% ../nbs/07_evaluate.ipynb #4f57916a
+# %% ../nbs/07_evaluate.ipynb #092dd9e8
 def item_id(prompt: str, gold) -> str: # 16 hex digits
     "Identity of a question: its text and its gold answer."
     return hashlib.sha256(json.dumps([prompt, None if gold is None else str(gold)]).encode()).hexdigest()[:16]
@@ -66,7 +66,7 @@ def check_same_items(a: list[dict], b: list[dict]) -> None:
             what = "gold answers" if x["prompt"] == y["prompt"] else "questions"
             raise ValueError(f"cannot compare: different {what} at item {i}: {x['prompt'][-50:]!r} ({x['gold']}) against {y['prompt'][-50:]!r} ({y['gold']})")
 
-# %% ../nbs/07_evaluate.ipynb #b015609a
+# %% ../nbs/07_evaluate.ipynb #3ca75a92
 @dataclass
 class Paired:
     "B against A on the same questions; positive where B is better."
@@ -80,7 +80,7 @@ class Paired:
 
     def __str__(self): return f"{100 * self.diff:+.1f} points ({100 * self.low:+.1f} to {100 * self.high:+.1f}), p = {self.p:.2g}, {self.gained} gained, {self.lost} lost, n = {self.n}"
 
-# %% ../nbs/07_evaluate.ipynb #f3f94bd4
+# %% ../nbs/07_evaluate.ipynb #4a01bd40
 def paired(a, b,                      # Results, or lists of their items; the difference is b - a
            confidence: float = .95,
            resamples: int = 10_000,
@@ -93,7 +93,7 @@ def paired(a, b,                      # Results, or lists of their items; the di
     gained, lost = (sum(x["correct"] and not y["correct"] for x, y in zip(*two)) for two in ((b, a), (a, b)))
     return Paired((gained - lost) / len(a), *bootstrap(gained, lost, len(a), confidence, resamples, seed), mcnemar(gained, lost), len(a), gained, lost)
 
-# %% ../nbs/07_evaluate.ipynb #5a917c68
+# %% ../nbs/07_evaluate.ipynb #77679f91
 @dataclass
 class Result:
     "One evaluation of one model on one task."
@@ -113,13 +113,13 @@ class Result:
     def to_json(self) -> dict: # without the items
         return self.settings | dict(n=self.n, correct=self.correct, acc=self.acc, interval=[self.low, self.high], score=self.score, digest=self.digest, run=self.run)
 
-# %% ../nbs/07_evaluate.ipynb #d434b517
+# %% ../nbs/07_evaluate.ipynb #ae35b4f6
 def make_result(items: list[dict], settings: dict, run: dict = None) -> Result:
     "Count, and put the interval around."
     n, k = len(items), sum(i["correct"] for i in items)
     return Result(k / n, *wilson(k, n), n, k, mean(i["score"] for i in items), items_digest(items), items, settings, run or {})
 
-# %% ../nbs/07_evaluate.ipynb #fee4cf0b
+# %% ../nbs/07_evaluate.ipynb #d6e934c2
 def write_atomic(path: Path, text: str) -> None:
     "Write a file so that no reader ever sees half of it."
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -136,7 +136,7 @@ def save(result: Result, out: str | Path) -> None:
     write_atomic(Path(out) / "items.jsonl", _lines(result.items))
     write_atomic(Path(out) / "result.json", json.dumps(result.to_json(), indent=1, ensure_ascii=False) + "\n")
 
-# %% ../nbs/07_evaluate.ipynb #d0497194
+# %% ../nbs/07_evaluate.ipynb #68375887
 def load(out: str | Path) -> Result:
     "Read an evaluation back; files that do not belong together are refused."
     out = Path(out)
@@ -152,7 +152,7 @@ def load(out: str | Path) -> Result:
         raise ValueError(f"{out}: items.jsonl does not belong to result.json; evaluate again")
     return r
 
-# %% ../nbs/07_evaluate.ipynb #0ddae71a
+# %% ../nbs/07_evaluate.ipynb #2640e5f3
 def fingerprint(model: torch.nn.Module, values: int = 4096) -> str: # 16 hex digits
     "Identity of a model as it answers now: a sample of every tensor, and which adapters are on."
     h = hashlib.sha256()
@@ -166,7 +166,7 @@ def fingerprint(model: torch.nn.Module, values: int = 4096) -> str: # 16 hex dig
     h.update(repr(flags).encode())
     return h.hexdigest()[:16]
 
-# %% ../nbs/07_evaluate.ipynb #2f02dc77
+# %% ../nbs/07_evaluate.ipynb #ae3d77f5
 def batches_of(prompts: list[str], batch_size: int) -> list[list[int]]: # lists of question numbers
     "Questions of similar length together, longest first."
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
@@ -176,7 +176,7 @@ def batch_seed(seed: int, batch: int) -> int:
     "A seed for each batch; different evaluations share none."
     return random.Random(f"{seed}/{batch}").getrandbits(62)
 
-# %% ../nbs/07_evaluate.ipynb #4c2efde9
+# %% ../nbs/07_evaluate.ipynb #955e1ed9
 def mixed(model, strategy, prompts: list[str]): # (context manager, weights as nested lists or None)
     "The model as a strategy sets it for these prompts."
     if strategy is None: return nullcontext(), None
@@ -187,7 +187,7 @@ def mixed(model, strategy, prompts: list[str]): # (context manager, weights as n
     rows = weights.expand(len(prompts), *weights.shape[1:])
     return mixture(model, rows, getattr(strategy, "experts", None), getattr(strategy, "form", "delta")), rows.tolist()
 
-# %% ../nbs/07_evaluate.ipynb #719457e6
+# %% ../nbs/07_evaluate.ipynb #cc1b94d7
 def answer_batch(model, tokenizer, task: Task, examples: list, strategy=None, **kwargs) -> list[dict]: # items; kwargs go to `rollout`
     "One batch of questions, asked, answered and judged."
     prompts = [task.prompt(e) for e in examples]
@@ -199,7 +199,7 @@ def answer_batch(model, tokenizer, task: Task, examples: list, strategy=None, **
         if w is not None: i["weights"] = w
     return items
 
-# %% ../nbs/07_evaluate.ipynb #96eaddf2
+# %% ../nbs/07_evaluate.ipynb #b794b783
 def check_settings(there: dict, now: dict, out: Path) -> None:
     "Refuse a folder that holds an evaluation of something else, saying what differs."
     different = [k for k in now if there.get(k) != now[k]]
@@ -224,7 +224,7 @@ def _append(out: Path, rows: list[dict]) -> None:
     "Add a batch to the partial file, all the way to the disk."
     with open(out / "items.partial.jsonl", "a", encoding="utf-8", newline="\n") as f: f.write(_lines(rows)); f.flush(); os.fsync(f.fileno())
 
-# %% ../nbs/07_evaluate.ipynb #cd52aef7
+# %% ../nbs/07_evaluate.ipynb #52a1be4d
 def settings_of(model, tokenizer, task, prompts, strategy, split, batch_size, temperature, top_p, top_k, seed, max_new_tokens) -> dict: # JSON-ready
     "Everything that the answers of an evaluation depend on."
     chosen = None
@@ -240,7 +240,7 @@ def run_facts(began: float, resumed: int, device: torch.device) -> dict:
     "What may differ between two runs of the same evaluation."
     return dict(command=shlex.join(sys.argv), versions=versions(), seconds=round(time.perf_counter() - began, 3), peak_memory_mb=peak_memory(device), resumed=resumed)
 
-# %% ../nbs/07_evaluate.ipynb #07aeb32d
+# %% ../nbs/07_evaluate.ipynb #a702da85
 def versions() -> dict: # {package: version}
     "Versions of what a number depends on."
     def of(name):
@@ -256,7 +256,7 @@ def peak_memory(device: torch.device) -> int: # MB: of the GPU if there is one, 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak >> (20 if sys.platform == "darwin" else 10)
 
-# %% ../nbs/07_evaluate.ipynb #42036397
+# %% ../nbs/07_evaluate.ipynb #2c79bd0f
 def evaluate(model, tokenizer, task: Task,
              strategy=None,              # prompts -> weights (B, K) of the model's experts; None: the model as it is
              split: str = "test",
@@ -287,7 +287,7 @@ def evaluate(model, tokenizer, task: Task,
     if out: save(result, out); (Path(out) / "items.partial.jsonl").unlink()
     return result
 
-# %% ../nbs/07_evaluate.ipynb #e15afe97
+# %% ../nbs/07_evaluate.ipynb #8716e983
 def _begin(out, settings: dict, batches: list[list[int]], overwrite: bool) -> tuple: # (finished Result or None, {question number: item})
     "What the output folder already knows."
     if out is None: return None, {}
@@ -312,7 +312,7 @@ def _asked(model, tokenizer, task, examples, batches, done, seed, ask, progress)
             bar.update(len(batch)); bar.set_postfix_str(f"{100 * k / n:.1f}% ({100 * low:.0f} to {100 * high:.0f})")
             yield [dict(i=i) | item for i, item in zip(batch, items)]
 
-# %% ../nbs/07_evaluate.ipynb #618df247
+# %% ../nbs/07_evaluate.ipynb #774aef0d
 def plot_accuracy(results: dict, ax=None): # {name: Result}; returns the axes
     "Accuracies as bars, with their Wilson intervals."
     import matplotlib.pyplot as plt
@@ -324,7 +324,7 @@ def plot_accuracy(results: dict, ax=None): # {name: Result}; returns the axes
     ax.set(ylabel="accuracy, %", ylim=(0, 100), title=", ".join(sorted({f"n = {r.n}" for r in results.values()})))
     return ax
 
-# %% ../nbs/07_evaluate.ipynb #7948592f
+# %% ../nbs/07_evaluate.ipynb #0444afd4
 def plot_paired(base, others: dict, ax=None): # Result, {name: Result}; returns the axes
     "Paired differences to a base with their bootstrap intervals, and the number of questions gained and lost."
     import matplotlib.pyplot as plt
@@ -338,7 +338,7 @@ def plot_paired(base, others: dict, ax=None): # Result, {name: Result}; returns 
     ax.set(yticks=range(len(others)), yticklabels=list(others), ylim=(len(others) - .5, -.7), xlabel="difference, points")
     return ax
 
-# %% ../nbs/07_evaluate.ipynb #6fc0b33f
+# %% ../nbs/07_evaluate.ipynb #7c4f600a
 def student_t(confidence: float, df: int) -> float:
     "Two-sided quantile of Student's t distribution, by integrating its density and bisecting."
     scale = math.exp(math.lgamma((df + 1) / 2) - math.lgamma(df / 2)) / math.sqrt(df * math.pi)
@@ -350,7 +350,7 @@ def student_t(confidence: float, df: int) -> float:
     for _ in range(100): mid = (low + high) / 2; low, high = (mid, high) if inside(mid) < confidence else (low, mid)
     return low
 
-# %% ../nbs/07_evaluate.ipynb #6f88a733
+# %% ../nbs/07_evaluate.ipynb #1f591248
 @dataclass
 class Summary:
     "Several evaluations of the same questions that differ in a seed."
@@ -364,7 +364,7 @@ class Summary:
     def __str__(self): return (f"{100 * self.mean:.1f}% ± {100 * self.sd:.1f} (sd of {len(self.accs)} seeds, {100 * min(self.accs):.1f} to {100 * max(self.accs):.1f}); "
                                f"interval of the mean {100 * self.low:.1f} to {100 * self.high:.1f}, n = {self.n}")
 
-# %% ../nbs/07_evaluate.ipynb #5541104f
+# %% ../nbs/07_evaluate.ipynb #626c20c6
 def summarise(results: list,                # Results over the same questions, of at least two seeds
               confidence: float = .95,
              ) -> Summary:

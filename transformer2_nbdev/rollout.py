@@ -8,7 +8,7 @@ __all__ = ['pad_left', 'positions', 'inner', 'eos_ids', 'pad_id', 'until_eos', '
            'generate', 'completion_logits', 'token_logprobs', 'vocab_logprobs', 'entropy', 'judge', 'Rollouts',
            'rollout', 'items_of']
 
-# %% ../nbs/06_rollout.ipynb #4d93203b
+# %% ../nbs/06_rollout.ipynb #cc206472
 import math, time
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
@@ -24,7 +24,7 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from .tasks import Task, judge_all, render
 
-# %% ../nbs/06_rollout.ipynb #363efcbf
+# %% ../nbs/06_rollout.ipynb #51775818
 def pad_left(rows: list[list[int]], fill: int, device=None) -> tuple[torch.Tensor, torch.Tensor]: # ids (B, P), mask (B, P)
     "Put rows of unequal length into a rectangle, flush right."
     P = max(map(len, rows))
@@ -36,14 +36,14 @@ def positions(mask: torch.Tensor) -> torch.Tensor: # (B, L) -> (B, L)
     "Position of each token in its own text: 0 for the first real token, wherever it stands in the row."
     return (mask.cumsum(-1) - 1).clamp(min=0)
 
-# %% ../nbs/06_rollout.ipynb #1c97a48d
+# %% ../nbs/06_rollout.ipynb #11b55690
 def inner(model: nn.Module    # a transformers model, possibly inside PEFT's or torch's wrappers
          ) -> nn.Module:      # the transformers model itself
     "The model that owns `config`, `generation_config` and `forward`."
     if isinstance(model, nn.parallel.DistributedDataParallel): model = model.module
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
-# %% ../nbs/06_rollout.ipynb #946ebba7
+# %% ../nbs/06_rollout.ipynb #4de41368
 def eos_ids(model: nn.Module, tokenizer) -> list[int]: # sorted; empty when neither names one
     "Every token that ends an answer: those of the model's generation config and the tokenizer's own."
     own = getattr(inner(model).generation_config, "eos_token_id", None)
@@ -55,7 +55,7 @@ def pad_id(model: nn.Module, tokenizer) -> int:
     rows = inner(model).get_input_embeddings().num_embeddings
     return next(i for i in (tokenizer.pad_token_id, *eos_ids(model, tokenizer), 0) if i is not None and i < rows)
 
-# %% ../nbs/06_rollout.ipynb #d605737a
+# %% ../nbs/06_rollout.ipynb #adb67afe
 def until_eos(tokens: torch.Tensor,   # (B, T) sampled tokens, filled up after the end
               eos: list[int],
              ) -> torch.Tensor:       # (B, T) 1 up to and including the first EOS
@@ -63,7 +63,7 @@ def until_eos(tokens: torch.Tensor,   # (B, T) sampled tokens, filled up after t
     ends = torch.isin(tokens, torch.tensor(eos, device=tokens.device, dtype=tokens.dtype)).long()
     return (ends.cumsum(-1) - ends == 0).long()
 
-# %% ../nbs/06_rollout.ipynb #65663c32
+# %% ../nbs/06_rollout.ipynb #5c6918f4
 def encode(tokenizer,
            prompts: list,       # texts as `tasks.render` writes them, or lists of token ids
            eos: list[int] = (), # an EOS that the tokenizer appends is dropped: a prompt is to be continued
@@ -83,7 +83,7 @@ def _ids_of(tokenizer, prompt, i):
     if not ids: raise ValueError(f"prompt {i} is empty: there is nothing to continue (pass [[bos_token_id]] to start from nothing)")
     return ids
 
-# %% ../nbs/06_rollout.ipynb #67186441
+# %% ../nbs/06_rollout.ipynb #7c0efbed
 def check_room(rows: list[list[int]], max_new_tokens: int, model: nn.Module) -> None:
     "Refuse prompts that leave no room for `max_new_tokens` inside the model's context."
     room = getattr(inner(model).config.get_text_config(), "max_position_embeddings", None)
@@ -92,7 +92,7 @@ def check_room(rows: list[list[int]], max_new_tokens: int, model: nn.Module) -> 
         raise ValueError(f"prompt {i} has {len(rows[i])} tokens and max_new_tokens is {max_new_tokens}, but the context holds {room}: "
                          "shorten the prompt or lower max_new_tokens")
 
-# %% ../nbs/06_rollout.ipynb #3a3da306
+# %% ../nbs/06_rollout.ipynb #9d75f8fd
 def sampling_config(temperature: float = 1., top_p: float = 1., top_k: int = 0, **kwargs) -> GenerationConfig:
     "A generation config in which nothing that shapes the distribution is left to a default."
     if temperature < 0: raise ValueError(f"temperature must be at least 0 (0 is greedy), got {temperature}")
@@ -101,7 +101,7 @@ def sampling_config(temperature: float = 1., top_p: float = 1., top_k: int = 0, 
     if temperature == 0: return GenerationConfig(do_sample=False, num_beams=1, **kwargs)
     return GenerationConfig(do_sample=True, num_beams=1, temperature=float(temperature), top_p=float(top_p), top_k=top_k, **kwargs)
 
-# %% ../nbs/06_rollout.ipynb #e627a1f0
+# %% ../nbs/06_rollout.ipynb #f19f29db
 @contextmanager
 def undisturbed(model: nn.Module) -> Iterator[None]:
     "Inside: no dropout, no gradients, none of the checkpoint's own generation defaults. Afterwards all is as it was."
@@ -115,7 +115,7 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
         base.generation_config = own
         for m in training: m.training = True
 
-# %% ../nbs/06_rollout.ipynb #22d80b72
+# %% ../nbs/06_rollout.ipynb #80eadbd7
 @contextmanager
 def forked_rng(seed: int | None,        # None: draw from the global generator, as torch does by default
                device: torch.device,
@@ -128,7 +128,7 @@ def forked_rng(seed: int | None,        # None: draw from the global generator, 
         torch.manual_seed(seed)
         yield
 
-# %% ../nbs/06_rollout.ipynb #4b510582
+# %% ../nbs/06_rollout.ipynb #98c81403
 class Recorder(LogitsProcessor):
     "Notes the log-probability of each sampled token, one step late, keeping the logits of one step only."
     def __init__(self, temperature: float): self.temperature, self.last, self.logps = temperature or 1., None, []
@@ -145,7 +145,7 @@ class Recorder(LogitsProcessor):
         if len(self.logps) < tokens.shape[1]: self.note(tokens[:, -1])
         return torch.stack(self.logps[:tokens.shape[1]], 1)
 
-# %% ../nbs/06_rollout.ipynb #491ae33c
+# %% ../nbs/06_rollout.ipynb #873e99fe
 def sample_batch(model: nn.Module, rows: list[list[int]], config: GenerationConfig) -> dict: # tensors of one batch
     "One rectangle: prompt and its mask (B, P); tokens, kept (the completion mask) and logprobs (B, T); finished (B,)."
     ids, mask = pad_left(rows, config.pad_token_id, inner(model).device)
@@ -156,7 +156,7 @@ def sample_batch(model: nn.Module, rows: list[list[int]], config: GenerationConf
     return dict(prompt=ids, prompt_mask=mask, tokens=tokens.where(kept == 1, config.pad_token_id), kept=kept,
                 logprobs=recorder.result(tokens).to(ids.device) * kept, finished=torch.isin(tokens, torch.tensor(eos, device=ids.device)).any(1))
 
-# %% ../nbs/06_rollout.ipynb #52cecceb
+# %% ../nbs/06_rollout.ipynb #1006cd4f
 @dataclass
 class Generation:
     "N prompts and their completions: prompts padded on the left to P, completions on the right to T."
@@ -178,7 +178,7 @@ class Generation:
 
     def __getitem__(self, rows): return select(self, rows)
 
-# %% ../nbs/06_rollout.ipynb #16c89da9
+# %% ../nbs/06_rollout.ipynb #4cde6ad1
 def trim(mask: torch.Tensor, prompt_len: int) -> tuple[int, int]: # (columns to cut on the left, completion columns to keep)
     "How much of the padding no row of a batch needs."
     used = mask.any(0)
@@ -197,7 +197,7 @@ def select(g: Generation,
     new.completion_mask, new.logprobs, new.prompt_len = new.completion_mask[:, :T], new.logprobs[:, :T], new.prompt_len - left
     return new
 
-# %% ../nbs/06_rollout.ipynb #c9abb38b
+# %% ../nbs/06_rollout.ipynb #6f684c45
 def join(parts: list[dict], order: list[int], fill: int) -> dict: # tensors over all N prompts, in their original order
     "Put batches of different widths into one rectangle."
     P, T = (max(p[k].shape[1] for p in parts) for k in ("prompt", "tokens"))
@@ -208,7 +208,7 @@ def join(parts: list[dict], order: list[int], fill: int) -> dict: # tensors over
     return dict(ids=torch.cat([prompt, tokens], 1)[back], mask=torch.cat([prompt_mask, kept], 1)[back], completion_mask=kept[back],
                 logprobs=logprobs[back], finished=torch.cat([p["finished"] for p in parts])[back], prompt_len=P)
 
-# %% ../nbs/06_rollout.ipynb #7e69a310
+# %% ../nbs/06_rollout.ipynb #390e5708
 def texts_of(tokenizer, tensors: dict) -> list[str]:
     "The completions as text: what they add to the last token of their prompt, so that a leading space survives."
     P, out = tensors["prompt_len"], []
@@ -218,7 +218,7 @@ def texts_of(tokenizer, tensors: dict) -> list[str]:
         out.append(tokenizer.decode(row[P:P + kept], skip_special_tokens=True) if alone else both[len(before):])
     return out
 
-# %% ../nbs/06_rollout.ipynb #163d879e
+# %% ../nbs/06_rollout.ipynb #65993775
 def generate(model: nn.Module,          # any causal LM of transformers, plain or wrapped by PEFT
              tokenizer,
              prompts: list,             # N texts (see `tasks.render`), or lists of token ids
@@ -245,7 +245,7 @@ def generate(model: nn.Module,          # any causal LM of transformers, plain o
         tensors = join(list(_batches(model, rows, order, batch_size, config, progress)), order, fill)
     return Generation(list(prompts), texts_of(tokenizer, tensors), **tensors, temperature=temperature, seconds=time.perf_counter() - began)
 
-# %% ../nbs/06_rollout.ipynb #b8431c1e
+# %% ../nbs/06_rollout.ipynb #dcf69444
 def _batches(model, rows, order, batch_size, config, progress):
     "Sample batch after batch, under a bar that counts prompts and tokens."
     tokens = 0
@@ -256,7 +256,7 @@ def _batches(model, rows, order, batch_size, config, progress):
             bar.update(len(part["tokens"])); bar.set_postfix(tokens=tokens)
             yield part
 
-# %% ../nbs/06_rollout.ipynb #169c1636
+# %% ../nbs/06_rollout.ipynb #0e83d6d2
 def completion_logits(model: nn.Module,
                       ids: torch.Tensor,         # (N, P+T)
                       mask: torch.Tensor,        # (N, P+T)
@@ -270,7 +270,7 @@ def completion_logits(model: nn.Module,
     logits = model(input_ids=ids, attention_mask=mask, use_cache=False, **extra).logits
     return logits[:, -(T + 1):-1].float() / (temperature or 1.)
 
-# %% ../nbs/06_rollout.ipynb #ff84bcc0
+# %% ../nbs/06_rollout.ipynb #96912b33
 def token_logprobs(model: nn.Module,
                    ids: torch.Tensor,          # (N, P+T) as in `Generation`
                    mask: torch.Tensor,         # (N, P+T)
@@ -296,7 +296,7 @@ def _token_logprobs(model, ids, mask, prompt_len, temperature, with_entropy):
     h = entropy(logits.log_softmax(-1)) if with_entropy else logps
     return logps.masked_fill(~kept, 0), h.masked_fill(~kept, 0)
 
-# %% ../nbs/06_rollout.ipynb #0b0890a4
+# %% ../nbs/06_rollout.ipynb #fd623a5d
 def vocab_logprobs(model: nn.Module, ids: torch.Tensor, mask: torch.Tensor, prompt_len: int, temperature: float = 1.) -> torch.Tensor: # (N, T, V)
     "Log-probability of every token of the vocabulary at every place of the completion: what an exact KL needs."
     return completion_logits(model, ids, mask, prompt_len, temperature).log_softmax(-1)
@@ -305,7 +305,7 @@ def entropy(logp: torch.Tensor) -> torch.Tensor: # (..., V) log-probabilities ->
     "Entropy in nats; a token of probability 0 adds nothing."
     return -(logp.exp() * logp.clamp(min=torch.finfo(logp.dtype).min)).sum(-1)
 
-# %% ../nbs/06_rollout.ipynb #5acc8dcd
+# %% ../nbs/06_rollout.ipynb #9398210a
 def judge(task: Task, texts: list[str], examples: list, workers: int = None) -> list: # of Verdict
     "Judge completions; a reward that raises or is not finite stops the run with one line that says where."
     return judge_all(replace(task, verify=partial(_checked, task)), texts, examples, workers=workers or (2 if task.verify else 1))
@@ -317,7 +317,7 @@ def _checked(task, completion, example):
     if not math.isfinite(verdict.reward): raise ValueError(f"task {task.name!r}: judging {completion[:60]!r} gave the reward {verdict.reward}")
     return verdict
 
-# %% ../nbs/06_rollout.ipynb #2832f103
+# %% ../nbs/06_rollout.ipynb #6a5bfc25
 @dataclass
 class Rollouts(Generation):
     "A generation that was scored: `samples` completions in a row for each example."
@@ -328,7 +328,7 @@ class Rollouts(Generation):
 
     def to_items(self) -> list[dict]: return items_of(self)
 
-# %% ../nbs/06_rollout.ipynb #dbd85994
+# %% ../nbs/06_rollout.ipynb #0a39e5be
 def rollout(model: nn.Module,
             tokenizer,
             task: Task,
@@ -346,7 +346,7 @@ def rollout(model: nn.Module,
     rewards = torch.tensor([v.reward for v in verdicts], device=g.ids.device, dtype=torch.float32)
     return Rollouts(**{f.name: getattr(g, f.name) for f in fields(g)}, examples=examples, verdicts=verdicts, rewards=rewards, samples=samples)
 
-# %% ../nbs/06_rollout.ipynb #64e022ae
+# %% ../nbs/06_rollout.ipynb #ebf9b7af
 def items_of(r: Rollouts) -> list[dict]: # one JSON-ready dict for each completion
     "The lines of items.jsonl."
     plain = lambda x: x if isinstance(x, (str, int, float, bool, type(None))) else str(x)
