@@ -6,7 +6,7 @@
 __all__ = ['RESERVED', 'one_hot', 'fixed', 'oracle', 'weight_rows', 'complete', 'check_names', 'check_same_base', 'check_experts',
            'load_experts', 'read_record', 'Answer', 'Answers', 'TwoPass', 'two_passes', 'means', 'bar', 'show_weights']
 
-# %% ../nbs/09_adapt.ipynb #d6fcd306
+# %% ../nbs/09_adapt.ipynb #fa44a273
 import json, time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,7 +21,7 @@ from .adapter import SvfConfig, mixture, svf_layers
 from .rollout import check_room, encode, eos_ids, inner, pad_id, pad_left, texts_of, until_eos
 from .tasks import render
 
-# %% ../nbs/09_adapt.ipynb #e24a6640
+# %% ../nbs/09_adapt.ipynb #efb9c774
 def one_hot(names: list[str | None], # an expert for each prompt; None is the base
             experts: list[str]       # K names, in the order of the columns
            ) -> torch.Tensor:        # (B, K): a row of zeros is the base itself
@@ -30,7 +30,7 @@ def one_hot(names: list[str | None], # an expert for each prompt; None is the ba
         raise ValueError(f"no expert named {unknown[0]!r}: there are {', '.join(experts)}, and None for the base")
     return torch.tensor([[float(n == e) for e in experts] for n in names]).view(len(names), len(experts))
 
-# %% ../nbs/09_adapt.ipynb #a1b17818
+# %% ../nbs/09_adapt.ipynb #413cb7fe
 def fixed(weights: dict | list | torch.Tensor, # {expert: weight}; or (K,) or (L, K), in the order of `experts`
           experts: list[str] = None,           # names for plain weights; None: all that are loaded
           form: str = "delta"                  # "delta" | "sum", as in `mixture`
@@ -42,7 +42,7 @@ def fixed(weights: dict | list | torch.Tensor, # {expert: weight}; or (K,) or (L
     strategy.experts, strategy.form = experts, form
     return strategy
 
-# %% ../nbs/09_adapt.ipynb #f47cc37d
+# %% ../nbs/09_adapt.ipynb #1ca8d1f8
 def oracle(label: dict | Callable, # prompt -> expert name, or None for the base
            experts: list[str]      # K names
           ) -> Callable:           # strategy: prompts -> (B, K) one-hot rows
@@ -51,7 +51,7 @@ def oracle(label: dict | Callable, # prompt -> expert name, or None for the base
     strategy.experts = list(experts)
     return strategy
 
-# %% ../nbs/09_adapt.ipynb #1b93bac6
+# %% ../nbs/09_adapt.ipynb #49d1333a
 def weight_rows(weights, n: int, experts: list[str]) -> torch.Tensor: # (n, K) or (n, L, K)
     "What a strategy returned, as one row per prompt"
     w = torch.as_tensor(weights, dtype=torch.float32).detach()
@@ -62,7 +62,7 @@ def weight_rows(weights, n: int, experts: list[str]) -> torch.Tensor: # (n, K) o
     if not torch.isfinite(w).all(): raise ValueError("the strategy returned weights with NaN or infinity: check how it computes them")
     return w.expand(n, *w.shape[1:])
 
-# %% ../nbs/09_adapt.ipynb #18f3da48
+# %% ../nbs/09_adapt.ipynb #da67add0
 def complete(model: nn.Module, tokenizer,
              texts: list[str],          # B prompts as `tasks.render` writes them
              **generate_kwargs          # of `model.generate`
@@ -78,7 +78,7 @@ def complete(model: nn.Module, tokenizer,
     n = len(said) // len(texts)
     return [said[i:i + n] for i in range(0, len(said), n)]
 
-# %% ../nbs/09_adapt.ipynb #a308cb52
+# %% ../nbs/09_adapt.ipynb #57766406
 RESERVED = ("__base__", "base", "other", "others")
 
 def check_names(names) -> None:
@@ -95,7 +95,7 @@ def check_same_base(digests: dict[str, dict]) -> None: # {expert: {module: "m x 
             if tag != other and not (tag.endswith(vague) or other.endswith(vague)):
                 raise ValueError(f"experts {first!r} and {name!r} were trained on different bases ({module} differs): mix experts of one base")
 
-# %% ../nbs/09_adapt.ipynb #36b743cc
+# %% ../nbs/09_adapt.ipynb #70305550
 def check_experts(model: nn.Module,
                   experts: list[str] = None # None: all SVF adapters
                  ) -> list[str]:            # the experts' names
@@ -113,7 +113,7 @@ def check_experts(model: nn.Module,
         if bad: raise ValueError(f"expert {n!r} holds NaN or infinity in {bad[0]}: its training diverged, use an earlier checkpoint")
     return names
 
-# %% ../nbs/09_adapt.ipynb #06b36cf9
+# %% ../nbs/09_adapt.ipynb #2e7bc2fc
 def load_experts(model: nn.Module,       # a bare model, or one that carries experts already
                  folders: dict[str, str | Path] # {name: folder written by save_pretrained}
                 ) -> PeftModel:          # the model with all experts loaded, frozen
@@ -135,7 +135,7 @@ def read_record(name: str, folder: str | Path) -> dict: # {module: "m x n : dige
     if not file.exists(): raise FileNotFoundError(f"expert {name!r}: no adapter_config.json in {folder}; give a folder written by save_pretrained")
     return json.loads(file.read_text()).get("base_digests") or {}
 
-# %% ../nbs/09_adapt.ipynb #8c2baac6
+# %% ../nbs/09_adapt.ipynb #cc1f0b83
 @dataclass
 class Answer:
     "What one prompt got"
@@ -151,7 +151,7 @@ class Answers(list):
         super().__init__(answers)
         self.seconds = dict(first=first, second=second)
 
-# %% ../nbs/09_adapt.ipynb #4e209ed7
+# %% ../nbs/09_adapt.ipynb #b556cf6a
 class TwoPass:
     "Self-adaptation (paper §3.2): a strategy reads the prompts and chooses weights, the mixed model answers"
     def __init__(self, model: nn.Module,     # a PEFT model with SVF experts
@@ -183,7 +183,7 @@ class TwoPass:
         "One prompt, one `Answer`; a list of prompts, `Answers`"
         return self.generate([prompt], **generate_kwargs)[0] if isinstance(prompt, str) else self.generate(prompt, **generate_kwargs)
 
-# %% ../nbs/09_adapt.ipynb #4f0b3f79
+# %% ../nbs/09_adapt.ipynb #18173873
 def two_passes(tp: TwoPass, prompts: list[str], kwargs: dict) -> Answers:
     "Choose, answer, and keep the books"
     if kwargs.get("streamer") is not None and len(prompts) != 1: raise ValueError(f"a streamer follows one prompt, not {len(prompts)}: call once for each")
@@ -199,7 +199,7 @@ def two_passes(tp: TwoPass, prompts: list[str], kwargs: dict) -> Answers:
     chosen = [dict(zip(tp.experts, w.movedim(-1, 0).tolist())) for w in weights]
     return Answers([Answer(p, t[0], c, f, t) for p, t, c, f in zip(prompts, texts, chosen, firsts)], middle - start, time.perf_counter() - middle)
 
-# %% ../nbs/09_adapt.ipynb #7c830735
+# %% ../nbs/09_adapt.ipynb #013ec97a
 def means(weights: dict) -> dict: # {expert: weight}
     "Weights per layer averaged over layers; plain weights as they are"
     return {e: sum(w) / len(w) if isinstance(w, list) else w for e, w in weights.items()}
@@ -211,7 +211,7 @@ def bar(weights: dict,   # {expert: weight}, or {expert: [weight of each layer]}
     left = max(map(len, weights))
     return "\n".join(f"{e:<{left}} {'█' * min(round(w * width), 3 * width):<{width}} {w:.2f}" for e, w in means(weights).items())
 
-# %% ../nbs/09_adapt.ipynb #6b1dd86c
+# %% ../nbs/09_adapt.ipynb #8e1362b7
 def show_weights(answers: list,  # of Answer
                  ax=None):       # matplotlib axes; None makes new ones
     "A picture of who answers what: one row per prompt, one column per expert"

@@ -12,7 +12,7 @@ __all__ = ['SHORTHANDS', 'FAMILIES', 'OFFICIAL_FILES', 'OFFICIAL_KEY', 'SvfType'
            'base_tags', 'record_of', 'new_layer', 'SvfModel', 'official_names', 'read_official', 'by_name',
            'check_vectors', 'load_official', 'export_official']
 
-# %% ../nbs/02_adapter.ipynb #eea87c34
+# %% ../nbs/02_adapter.ipynb #eb958fd0
 import copy, re, warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -32,12 +32,12 @@ from transformers.pytorch_utils import Conv1D
 from .svd import cached_decompose, fingerprint
 from .svf import compose, effective, grad_from_square, is_target, usable
 
-# %% ../nbs/02_adapter.ipynb #5ba8cc62
+# %% ../nbs/02_adapter.ipynb #0b75f0b2
 class SvfType(str, Enum):
     "The method's name, equal to the plain string (PEFT's own enumeration of names is closed to outsiders)"
     SVF = "SVF"
 
-# %% ../nbs/02_adapter.ipynb #0fed779b
+# %% ../nbs/02_adapter.ipynb #31ec3474
 @dataclass
 class SvfConfig(PeftConfig):
     "Singular value fine-tuning as a PEFT method: one learned number per singular value (paper §3.1)"
@@ -61,7 +61,7 @@ class SvfConfig(PeftConfig):
         self.peft_type = SvfType.SVF
         check_config(self)
 
-# %% ../nbs/02_adapter.ipynb #8be5e813
+# %% ../nbs/02_adapter.ipynb #29c2f3c4
 SHORTHANDS = ("all-linear", "mlp", "attention")
 
 def check_config(cfg: SvfConfig) -> None: # raises ValueError naming the field and the remedy
@@ -78,7 +78,7 @@ def check_config(cfg: SvfConfig) -> None: # raises ValueError naming the field a
     for name in ("target_modules", "exclude_modules"):
         if isinstance(v := getattr(cfg, name), (list, tuple)): setattr(cfg, name, set(v))
 
-# %% ../nbs/02_adapter.ipynb #50662d40
+# %% ../nbs/02_adapter.ipynb #e9d1771d
 _BLOCK = re.compile(r"^.*?\.(\d+)\.")
 
 def block_index(name: str) -> int | None:
@@ -96,7 +96,7 @@ def linear_names(model: nn.Module,        # a bare model, or one that carries ad
              and (isinstance(m, (nn.Linear, Conv1D)) or isinstance(m, BaseTunerLayer) and isinstance(m.get_base_layer(), (nn.Linear, Conv1D)))]
     return [n for n in names if is_target(n, which)]
 
-# %% ../nbs/02_adapter.ipynb #9ebd09b2
+# %% ../nbs/02_adapter.ipynb #96a938f6
 FAMILIES = ("llama", "mistral", "mixtral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3", "gemma3_text", "phi", "phi3", "gpt2", "gpt_neox", "opt",
             "olmo2", "smollm3", "granite", "cohere", "starcoder2", "stablelm")
 
@@ -110,7 +110,7 @@ def resolve_targets(cfg: SvfConfig, model: nn.Module) -> list[str] | set[str] | 
     if not names: raise ValueError(f"target_modules={t!r}: this model has no such layers; name them instead")
     return {n.split(f".{i}.", 1)[1] if (i := block_index(n)) is not None else n for n in names}
 
-# %% ../nbs/02_adapter.ipynb #5897ef57
+# %% ../nbs/02_adapter.ipynb #b339ea19
 def _is_conv1d(layer: BaseTunerLayer) -> bool: return isinstance(layer.get_base_layer(), Conv1D)
 
 def weight_of(layer: BaseTunerLayer # a PEFT layer around a Linear, Conv1D or quantised linear
@@ -128,7 +128,7 @@ def make_basis(layer: BaseTunerLayer, k: int | None, cache_dir: str | None) -> N
     dtype = W.dtype if layer.quantization_backend is None else getattr(layer.get_base_layer(), "compute_dtype", None) or W.dtype
     layer.svf_Q, layer.svf_S, layer.side = f.Q[:, :k].to(dtype).contiguous(), f.S.float(), f.side
 
-# %% ../nbs/02_adapter.ipynb #7166ed20
+# %% ../nbs/02_adapter.ipynb #f7d37223
 def knobs(layer: "SvfLinear", name: str) -> torch.Tensor: # (k,)
     "Effective z of one adapter on one layer, in float32, differentiable in its parameter"
     cfg, p = layer.svf_config[name], layer.svf_z[name].float()
@@ -144,7 +144,7 @@ def sum_padded(ds: list[torch.Tensor]) -> torch.Tensor:
     n = max(d.shape[-1] for d in ds)
     return sum(F.pad(d, (0, n - d.shape[-1])) for d in ds)
 
-# %% ../nbs/02_adapter.ipynb #bffee328
+# %% ../nbs/02_adapter.ipynb #cc55b7c9
 def correct(h: torch.Tensor, # (..., r) output (left) or input (right) of the base layer
             Q: torch.Tensor, # (r, >=k) orthonormal columns
             d: torch.Tensor  # (k,), or broadcastable (B, ..., k): one row per sample
@@ -162,7 +162,7 @@ def additive(layer: "SvfLinear", x: torch.Tensor, d: torch.Tensor) -> torch.Tens
     bias = getattr(layer.get_base_layer(), "bias", None)
     return y + correct(y if bias is None else y - bias, layer.svf_Q, d)
 
-# %% ../nbs/02_adapter.ipynb #00972e6a
+# %% ../nbs/02_adapter.ipynb #fb6fd165
 def per_sample(d: torch.Tensor, # (k,) for all samples, or (B, k)
                x: torch.Tensor  # (B', ..., features), B' a multiple of B
               ) -> torch.Tensor: # (k,) or (B', 1, ..., k), ready to broadcast
@@ -174,7 +174,7 @@ def per_sample(d: torch.Tensor, # (k,) for all samples, or (B, k)
     d = d.repeat_interleave(x.shape[0] // len(d), 0)
     return d.view(len(d), *[1] * (x.dim() - 2), -1)
 
-# %% ../nbs/02_adapter.ipynb #e8026fe6
+# %% ../nbs/02_adapter.ipynb #9793e509
 class _Dense(torch.autograd.Function):
     "y = W'x with W' frozen; the backward pass adds to the square M instead of forming a gradient for W'"
     @staticmethod
@@ -198,7 +198,7 @@ class _Dense(torch.autograd.Function):
         gb = g.reshape(-1, g.shape[-1]).sum(0) if ctx.needs_input_grad[3] else None # only if the bias is trained too
         return gx, None, None, gb, None
 
-# %% ../nbs/02_adapter.ipynb #4a518663
+# %% ../nbs/02_adapter.ipynb #f93235fa
 class Step:
     "One layer inside `fused`: original weight, z with its graph, and the square M"
     def __init__(self, layer: "SvfLinear", z: torch.Tensor): # z: (k,) total effective z, attached to its parameters
@@ -219,7 +219,7 @@ class Step:
         grad = grad_from_square(self.M, self.Q.to(self.M.dtype), self.z.detach().to(self.M.dtype))
         self.z.backward(grad.to(self.z.dtype))
 
-# %% ../nbs/02_adapter.ipynb #af0812cd
+# %% ../nbs/02_adapter.ipynb #77bd0932
 def enter_step(layer: "SvfLinear") -> None:
     "Put W' in W's place for one optimizer step (left alone where nothing is active or some |z| is tiny)"
     with torch.enable_grad(): d = delta(layer, layer.active_adapters)
@@ -244,7 +244,7 @@ def dense(layer: "SvfLinear", x: torch.Tensor) -> torch.Tensor:
     W, bias = (W.T if _is_conv1d(layer) else W), getattr(base, "bias", None)
     return F.linear(x, W, bias) if layer.disable_adapters else _Dense.apply(x, step.leaf, W.detach(), bias, step)
 
-# %% ../nbs/02_adapter.ipynb #6a70d48d
+# %% ../nbs/02_adapter.ipynb #4d80ef65
 def save_base(layer: "SvfLinear") -> None:
     "Remember the base weight before the first merge (a reference for plain weights, the whole quantised state otherwise)"
     base = layer.get_base_layer()
@@ -268,7 +268,7 @@ def merged_weight(layer: "SvfLinear", names: list[str]) -> torch.Tensor: # in th
     W = W if d is None else compose(W, 1 + d.detach(), layer.svf_Q[:, : len(d)])
     return W.T.contiguous() if _is_conv1d(layer) else W
 
-# %% ../nbs/02_adapter.ipynb #2372a631
+# %% ../nbs/02_adapter.ipynb #a3d6db03
 class SvfLayer(BaseTunerLayer):
     "State of one adapted matrix: the shared basis, and one z per adapter"
     adapter_layer_names = ("svf_z",)
@@ -294,7 +294,7 @@ class SvfLayer(BaseTunerLayer):
         self._move_adapter_to_device_of_base_layer(name)
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
 
-# %% ../nbs/02_adapter.ipynb #c46f0d3d
+# %% ../nbs/02_adapter.ipynb #ce0bb5bd
 @torch.no_grad()
 def reset_z(p: torch.Tensor, config: SvfConfig) -> None: # p: (k,)
     "Initial parameter: z = 1 exactly for linear, p = 0.1 for sigmoid, unless the config says otherwise"
@@ -303,7 +303,7 @@ def reset_z(p: torch.Tensor, config: SvfConfig) -> None: # p: (k,)
     elif config.init_std: p.normal_(mean, config.init_std)
     else: p.fill_(mean)
 
-# %% ../nbs/02_adapter.ipynb #e70e4739
+# %% ../nbs/02_adapter.ipynb #985d5bc7
 class Mergeable(SvfLayer):
     "PEFT's merging verbs for an adapted matrix"
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
@@ -331,7 +331,7 @@ class Mergeable(SvfLayer):
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool: return True
 
-# %% ../nbs/02_adapter.ipynb #4accd920
+# %% ../nbs/02_adapter.ipynb #4e2e629a
 class SvfLinear(nn.Module, Mergeable):
     "A linear layer (`nn.Linear`, `Conv1D` or quantised) whose singular values can be turned"
     def __init__(self, base_layer: nn.Module, name: str, config: SvfConfig):
@@ -349,7 +349,7 @@ class SvfLinear(nn.Module, Mergeable):
 
     def __repr__(self): return "svf." + super().__repr__()
 
-# %% ../nbs/02_adapter.ipynb #01ef778d
+# %% ../nbs/02_adapter.ipynb #60a60f2b
 def svf_layers(model: nn.Module) -> dict[str, SvfLayer]: # {module name in the bare model: layer}, in model order
     "All SVF layers of a model"
     return {n.split("base_model.model.", 1)[-1]: m for n, m in model.named_modules() if isinstance(m, SvfLayer)}
@@ -358,7 +358,7 @@ def zs(model: nn.Module, adapter_name: str = "default") -> dict[str, torch.Tenso
     "The effective z of one adapter, matrix by matrix"
     return {n: knobs(l, adapter_name).detach() for n, l in svf_layers(model).items() if adapter_name in l.svf_z}
 
-# %% ../nbs/02_adapter.ipynb #ae0e151f
+# %% ../nbs/02_adapter.ipynb #aa840b6c
 def mix_layer(layer: SvfLayer,
               experts: list[str],    # K adapter names; one that is not on this layer counts as z = 1
               alpha: torch.Tensor,   # (..., K)
@@ -373,7 +373,7 @@ def mix_layer(layer: SvfLayer,
     d = alpha.to(D) @ D
     return d + (alpha.to(D).sum(-1, keepdim=True) - 1) if form == "sum" else d
 
-# %% ../nbs/02_adapter.ipynb #c8a1181d
+# %% ../nbs/02_adapter.ipynb #cb7a76d7
 def check_mixture(model: nn.Module, weights, experts: list[str] | None, form: str
                  ) -> tuple[dict[str, SvfLayer], torch.Tensor, list[str]]: # layers, weights, experts
     "Everything that can be wrong with a mixture, said in one line each"
@@ -391,7 +391,7 @@ def check_mixture(model: nn.Module, weights, experts: list[str] | None, form: st
     if any(l._step for l in layers.values()): raise ValueError("mixture cannot be used inside fused: there one W' serves the whole batch")
     return layers, weights, experts
 
-# %% ../nbs/02_adapter.ipynb #ffbddf02
+# %% ../nbs/02_adapter.ipynb #7a98ae32
 def layer_rows(layers: dict[str, SvfLayer], weights: torch.Tensor) -> dict[str, torch.Tensor]: # {module: (K,) or (B, K)}
     "The weights each layer sees"
     if weights.dim() < 3: return dict.fromkeys(layers, weights)
@@ -417,7 +417,7 @@ def mixture(model: nn.Module,                # a PEFT model with several SVF ada
     finally:
         for n, l in layers.items(): l._mix = before[n]
 
-# %% ../nbs/02_adapter.ipynb #4e04b2a4
+# %% ../nbs/02_adapter.ipynb #e02fc12a
 def _give_names(module, args, kwargs, names): return args, kwargs | {"adapter_names": names}
 
 @contextmanager
@@ -439,7 +439,7 @@ def mixed_batch(self, *args, adapter_names: list[str] | None = None, **kwargs):
     finally:
         for h in hooks: h.remove()
 
-# %% ../nbs/02_adapter.ipynb #69f0a329
+# %% ../nbs/02_adapter.ipynb #8079f464
 def check_fused(model: nn.Module) -> dict[str, SvfLayer]: # the model's SVF layers
     "Raise ValueError with the reason where W' cannot stand in W's place"
     layers = svf_layers(model)
@@ -457,7 +457,7 @@ def can_fuse(model: nn.Module) -> bool:
     try: return bool(check_fused(model))
     except ValueError: return False
 
-# %% ../nbs/02_adapter.ipynb #dd74042d
+# %% ../nbs/02_adapter.ipynb #72f62655
 @contextmanager
 def fused(model: nn.Module,   # a PEFT model with SVF adapters; the active ones are composed
           sync: bool = True   # average the gradients over torch.distributed's processes, as DDP would
@@ -480,7 +480,7 @@ def average_gradients(params) -> None:
     for p in params:
         if p.grad is not None: dist.all_reduce(p.grad); p.grad /= dist.get_world_size()
 
-# %% ../nbs/02_adapter.ipynb #0e1ecfd3
+# %% ../nbs/02_adapter.ipynb #de366af5
 def add_weighted_adapter(self: "SvfModel",
                          adapters: list[str],   # experts to combine
                          weights: list[float],  # one weight each
@@ -503,7 +503,7 @@ def add_weighted_adapter(self: "SvfModel",
             l.svf_z[adapter_name].data = 1 + F.pad(d, (0, len(l.svf_z[adapter_name]) - len(d)))
     self.set_requires_grad(adapter_name, False)
 
-# %% ../nbs/02_adapter.ipynb #9b3c6575
+# %% ../nbs/02_adapter.ipynb #5c2d6e05
 def base_tag(layer: SvfLayer) -> str: # "m x n : 16 hex digits"
     "Shape and fingerprint of the base weight an adapter sits on"
     if layer.quantization_backend is not None: return f"{shape_tag(layer)}:quantised"
@@ -531,7 +531,7 @@ def check_weights(name: str, made_for: dict[str, str], found: dict[str, str]) ->
     if other: warnings.warn(f"adapter {name!r} was made for a base with other weights in {len(other)} of {len(made_for)} matrices "
                             f"({', '.join(other[:3])}{', …' if len(other) > 3 else ''}): its z will not mean what they meant there")
 
-# %% ../nbs/02_adapter.ipynb #c0224955
+# %% ../nbs/02_adapter.ipynb #303b72e1
 def base_tags(model: nn.Module, adapter_name: str) -> dict[str, str]: # {module: "m x n : digest"}
     "The record of the base an adapter sits on"
     return {n: base_tag(l) for n, l in svf_layers(model).items() if adapter_name in l.svf_z}
@@ -540,14 +540,14 @@ def record_of(config: SvfConfig) -> dict[str, str]:
     "The record a config brought from its file, if it did"
     return {} if getattr(config, "_dressed", False) else config.base_digests or {}
 
-# %% ../nbs/02_adapter.ipynb #c16d2c12
+# %% ../nbs/02_adapter.ipynb #f0d43347
 def new_layer(target: nn.Module, name: str, config: SvfConfig, key: str) -> SvfLinear: # key: the module's name, for the error
     "Dress one module, or say why it cannot be dressed"
     base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
     if isinstance(base, (nn.Linear, Conv1D)) or resolve_quantization_backend(base): return SvfLinear(target, name, config)
     raise ValueError(f"Target module {key} is a {type(target).__name__}: SVF adapts nn.Linear and Conv1D, name such layers in target_modules")
 
-# %% ../nbs/02_adapter.ipynb #0e8fa8fc
+# %% ../nbs/02_adapter.ipynb #a162e7a6
 class SvfModel(BaseTuner):
     "A model dressed with SVF layers (made by `peft.get_peft_model`)"
     prefix = "svf_"
@@ -583,7 +583,7 @@ class SvfModel(BaseTuner):
 
 PEFT_TYPE_TO_CONFIG_MAPPING["SVF"], PEFT_TYPE_TO_TUNER_MAPPING["SVF"], PEFT_TYPE_TO_PREFIX_MAPPING["SVF"] = SvfConfig, SvfModel, SvfModel.prefix
 
-# %% ../nbs/02_adapter.ipynb #61f12f9d
+# %% ../nbs/02_adapter.ipynb #68e19ba0
 import pickle
 from pathlib import Path
 from peft import PeftModel, get_peft_model
@@ -594,7 +594,7 @@ def official_names(model: nn.Module) -> list[str]: # module names in model order
     "The matrices the official code adapts: all with \"mlp\" in their name, nothing of the attention"
     return [n for n in linear_names(model.get_base_model() if isinstance(model, PeftModel) else model) if "mlp" in n]
 
-# %% ../nbs/02_adapter.ipynb #f91aa0a4
+# %% ../nbs/02_adapter.ipynb #aada371d
 def read_official(path: str | Path) -> tuple[Path, dict[str, torch.Tensor]]: # the file itself, {key: p}
     "The tensors in one of the official code's files (or in the first of them in a folder)"
     path = Path(path)
@@ -607,7 +607,7 @@ def read_official(path: str | Path) -> tuple[Path, dict[str, torch.Tensor]]: # t
         raise ValueError(f"{file.name} holds no dictionary of tensors, as {' and '.join(OFFICIAL_FILES)} do")
     return file, found
 
-# %% ../nbs/02_adapter.ipynb #79834504
+# %% ../nbs/02_adapter.ipynb #3151b91b
 def by_name(file: Path, found: dict[str, torch.Tensor], names: list[str]) -> dict[str, torch.Tensor]: # {module name: p}
     "Give every p the name of its matrix; both sides must match exactly"
     want = {f"{n}.weight" if f"{n}.weight" in found else n: n for n in names}
@@ -626,7 +626,7 @@ def check_vectors(file: Path, ps: dict[str, torch.Tensor], base: nn.Module) -> N
         if p.shape != (r,): raise ValueError(f"{file.name}: {n} is {tag} and needs {r} numbers, not a tensor of shape {tuple(p.shape)}")
         if not (p.is_floating_point() and p.isfinite().all()): raise ValueError(f"{file.name}: the vector of {n} is not finite")
 
-# %% ../nbs/02_adapter.ipynb #79b2a876
+# %% ../nbs/02_adapter.ipynb #d9ee2aa3
 def load_official(path: str | Path,              # policy_params.pt, learnable_params.pt, or a folder with one of them
                   model: nn.Module,              # the base it was trained for, bare or with other adapters
                   adapter_name: str = "default"  # a name not in use
@@ -646,7 +646,7 @@ def load_official(path: str | Path,              # policy_params.pt, learnable_p
         for n, p in ps.items(): layers[n].svf_z[adapter_name].copy_(p)
     return model
 
-# %% ../nbs/02_adapter.ipynb #6ab63ece
+# %% ../nbs/02_adapter.ipynb #064e7b0e
 def export_official(model: PeftModel,              # carries the adapter
                     path: str | Path,              # a folder (both files are written), or a file of one of the two names
                     adapter_name: str = "default"

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Classifier']
 
-# %% ../nbs/11_classifier.ipynb #f56392bb
+# %% ../nbs/11_classifier.ipynb #9bbee76f
 from pathlib import Path
 
 from peft import PeftModel
@@ -13,7 +13,7 @@ from peft import PeftModel
 from .adapt import check_experts, load_experts
 from .prompt import Dispatch
 
-# %% ../nbs/11_classifier.ipynb #2a357614
+# %% ../nbs/11_classifier.ipynb #a172865f
 class Classifier(Dispatch):
     "The strategy that asks an expert trained to recognise the question (paper §3.2, B)"
     def __init__(self, model: PeftModel, tokenizer,

@@ -8,7 +8,7 @@ __all__ = ['app', 'lab_app', 'DEMO', 'HEAD', 'PAGE', 'options', 'fail', 'told', 
            'train_skills', 'ask_all', 'rows_of', 'as_text', 'knobs_of', 'draw_rewards', 'draw_bars', 'draw_knobs',
            'draw_spectra', 'picture', 'page_of', 'run_demo', 'demo', 'main']
 
-# %% ../nbs/18_cli.ipynb #02b211d3
+# %% ../nbs/18_cli.ipynb #cb715eb2
 import os, sys
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,7 +16,7 @@ from typing import Annotated
 
 import typer
 
-# %% ../nbs/18_cli.ipynb #23601ef1
+# %% ../nbs/18_cli.ipynb #c24cf83c
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None,
                   help="Transformer²: train, evaluate and mix experts that turn the singular values of a language model.")
 lab_app = typer.Typer(no_args_is_help=True, help="The lab: models small enough to see through.", rich_markup_mode=None)
@@ -26,7 +26,7 @@ app.add_typer(lab_app, name="lab")
 def options(debug: Annotated[bool, typer.Option("--debug", help="show the traceback of an error")] = False):
     os.environ["TRANSFORMER2_DEBUG"] = "1" if debug else ""
 
-# %% ../nbs/18_cli.ipynb #8b353fc1
+# %% ../nbs/18_cli.ipynb #d1b6ae64
 def fail(e: BaseException, code: int):
     "One line on stderr, and out"
     lines = [l.strip() for l in str(e).splitlines() if l.strip()] or [type(e).__name__]
@@ -42,7 +42,7 @@ def told():
         if os.environ.get("TRANSFORMER2_DEBUG"): raise
         fail(e, 1 if isinstance(e, ArithmeticError) else 2)
 
-# %% ../nbs/18_cli.ipynb #1c9ef697
+# %% ../nbs/18_cli.ipynb #7a21d240
 def quiet() -> None:
     "No warnings and loading bars of other libraries between the user and the result"
     import warnings
@@ -69,7 +69,7 @@ def load_model(name: str, dtype: str = "auto", device: str | None = None) -> tup
     name = str(Path(name).expanduser()) if name.startswith("~") else name
     return AutoModelForCausalLM.from_pretrained(name, dtype=dtype).to(device).eval(), AutoTokenizer.from_pretrained(name)
 
-# %% ../nbs/18_cli.ipynb #04539eba
+# %% ../nbs/18_cli.ipynb #3b4b8605
 def check_names(model, names: list[str]) -> None:
     "PEFT accepts a list as soon as one name fits; a misspelt second name deserves a line as well"
     from transformer2_nbdev.adapter import linear_names
@@ -88,7 +88,7 @@ def targets_of(model, text: str) -> str | list[str]:
     check_names(model, names)
     return names
 
-# %% ../nbs/18_cli.ipynb #53618ebe
+# %% ../nbs/18_cli.ipynb #4ad3fc1d
 def wrap(model, method: str, target_modules: str, rank: int | None, seed: int):
     "Dress a model for training"
     import torch
@@ -105,7 +105,7 @@ def wrap(model, method: str, target_modules: str, rank: int | None, seed: int):
     if isinstance(names, str): raise ValueError("--method ia3 needs names or a shorthand in --target-modules, not a regular expression")
     return get_peft_model(model, IA3Config(target_modules=names, feedforward_modules=[n for n in names if is_target(n, "mlp")], task_type="CAUSAL_LM"))
 
-# %% ../nbs/18_cli.ipynb #6438e573
+# %% ../nbs/18_cli.ipynb #ad599fd6
 def task_of(task: str | None, data_dir: str | None, prompts: str | None, reward: str | None, max_new_tokens: int | None):
     "The task that the options describe"
     from transformer2_nbdev.tasks import from_files, get_task
@@ -118,14 +118,14 @@ def task_of(task: str | None, data_dir: str | None, prompts: str | None, reward:
     if not (prompts and reward): raise ValueError(f"--{'reward' if prompts else 'prompts'} is missing: give both --prompts and --reward")
     return from_files(prompts, reward, max_new_tokens=max_new_tokens or 256)
 
-# %% ../nbs/18_cli.ipynb #2534e4d5
+# %% ../nbs/18_cli.ipynb #fa85e9aa
 def says(history, out: str) -> str:
     "The result of a run in one line"
     r = history.result
     return (f"{r['task']}: {100 * r['training']['before']['val_accuracy']:.1f}% -> {100 * r['acc']:.1f}% ({100 * r['interval'][0]:.1f} to {100 * r['interval'][1]:.1f}) "
             f"of {r['n']} validation answers, seed {r['seed']}; kept step {history.best_step} of {r['training']['steps']} ({history.stopped}); expert in {out}")
 
-# %% ../nbs/18_cli.ipynb #8e2dc9be
+# %% ../nbs/18_cli.ipynb #c02bdf40
 @app.command()
 @told()
 def train(model: Annotated[str, typer.Option(help="folder, hub id, or lab:A")],
@@ -153,7 +153,7 @@ def train(model: Annotated[str, typer.Option(help="folder, hub id, or lab:A")],
                  max_new_tokens=max_new_tokens, micro_batch=micro_batch, rollout_batch=rollout_batch, seed=seed)
     run_training(model, task_of(task, data_dir, prompts, reward, max_new_tokens), out, resume, given, (method, target_modules, rank), dtype, device)
 
-# %% ../nbs/18_cli.ipynb #6aaa8ae3
+# %% ../nbs/18_cli.ipynb #e2b4cf1a
 def run_training(name, task, out, resume, given, adapter, dtype, device) -> None:
     "Check what is cheap to check, load, train, and say what came of it"
     quiet()
@@ -165,7 +165,7 @@ def run_training(name, task, out, resume, given, adapter, dtype, device) -> None
     history = train_expert(model, tokenizer, task, config, out, resume)
     if world()[0] == 0: typer.echo(says(history, out))
 
-# %% ../nbs/18_cli.ipynb #03ed60bf
+# %% ../nbs/18_cli.ipynb #63976ad0
 @app.command(name="eval")
 @told()
 def evaluate(model: Annotated[str, typer.Option(help="folder, hub id, or lab:A")],
@@ -192,7 +192,7 @@ def put_on(model, expert: str | None):
     if not (Path(expert) / "adapter_config.json").is_file(): raise FileNotFoundError(f"--expert {expert}: no adapter_config.json in it; give a folder that train wrote")
     return PeftModel.from_pretrained(model, expert).eval()
 
-# %% ../nbs/18_cli.ipynb #0249a4a5
+# %% ../nbs/18_cli.ipynb #1b33ac39
 @lab_app.command()
 @told()
 def build(name: Annotated[str, typer.Argument(help="a base, such as A; all of them if left out")] = None,
@@ -202,7 +202,7 @@ def build(name: Annotated[str, typer.Argument(help="a base, such as A; all of th
     from transformer2_nbdev import lab
     for n in [name] if name else lab.BASES: typer.echo(f"{n}: {lab.build(n, Path(out) / n if out and not name else out)}")
 
-# %% ../nbs/18_cli.ipynb #2945bdc4
+# %% ../nbs/18_cli.ipynb #7bf9d1e1
 DEMO = dict(steps=30, batch_size=192, rollout_batch=96, lr=1e-2, val_every=5, val_limit=300, patience=4)
 
 def train_skills(out: Path, seed: int, skills: tuple, **kw) -> dict: # {skill: History}
@@ -218,7 +218,7 @@ def train_skills(out: Path, seed: int, skills: tuple, **kw) -> dict: # {skill: H
         typer.echo(says(histories[skill], str(folder)))
     return histories
 
-# %% ../nbs/18_cli.ipynb #6e83242b
+# %% ../nbs/18_cli.ipynb #ef7e6d64
 def ask_all(out: Path, skills: tuple, asked: tuple, limit: int | None) -> dict: # {task: {"base" or skill: Result}}
     "The base and every expert on the same test prompts"
     from transformer2_nbdev import lab
@@ -231,7 +231,7 @@ def ask_all(out: Path, skills: tuple, asked: tuple, limit: int | None) -> dict: 
             results.setdefault(task, {})[name] = evaluate(model, tokenizer, tasks[task], limit=limit, batch_size=256, out=out / "answers" / task / name)
     return results
 
-# %% ../nbs/18_cli.ipynb #aef1ed15
+# %% ../nbs/18_cli.ipynb #972aa1a7
 def rows_of(results: dict) -> list[tuple]: # (task, model, n, accuracy, difference to the base, p), as text
     "The table of the demo"
     from transformer2_nbdev.evaluate import paired
@@ -251,7 +251,7 @@ def as_text(rows: list[tuple]) -> str:
     line = lambda r: "  ".join(c.ljust(w) for c, w in zip(r, wide)).rstrip()
     return "\n".join([line(HEAD), line(tuple("-" * w for w in wide)), *map(line, rows)])
 
-# %% ../nbs/18_cli.ipynb #0150a8cd
+# %% ../nbs/18_cli.ipynb #dc882539
 def knobs_of(folder: Path) -> dict: # {module: (z, S)}
     "z of a saved expert, and the singular values it scales"
     from transformer2_nbdev import adapter, lab
@@ -277,7 +277,7 @@ def draw_bars(results: dict):
     ax.set(xticks=range(len(results)), xticklabels=list(results), ylabel="% right", ylim=(0, 100)); ax.legend(frameon=False, ncols=len(names), loc="lower center", bbox_to_anchor=(.5, 1))
     return fig
 
-# %% ../nbs/18_cli.ipynb #ee99b1d0
+# %% ../nbs/18_cli.ipynb #32f07a00
 def draw_knobs(knobs: dict):
     "Root mean square of z - 1, matrix by matrix"
     from matplotlib.figure import Figure
@@ -300,7 +300,7 @@ def draw_spectra(knobs: dict):
         ax.set(title=f"{name}: {module.removeprefix('model.')}", xlabel="singular direction"); ax.title.set_fontsize(8); ax.legend(frameon=False)
     return fig
 
-# %% ../nbs/18_cli.ipynb #0c53bccf
+# %% ../nbs/18_cli.ipynb #55263bbb
 PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><title>transformer2 demo</title>
 <style>body{{font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color:#222}}table{{border-collapse:collapse;font-size:.85rem}}
 td,th{{padding:.15rem .7rem;text-align:left;border-bottom:1px solid #ddd}}img{{max-width:100%}}figcaption{{color:#555;font-size:.9rem}}figure{{margin:1.5rem 0}}</style>
@@ -323,7 +323,7 @@ def page_of(histories: dict, results: dict, knobs: dict, seconds: float, seed: i
                (draw_knobs(knobs), "Where z moved: block and matrix"), (draw_spectra(knobs), "Singular values before and after, in the matrix that moved most")]
     return PAGE.format(intro=intro, head=cells(HEAD, "th"), rows="".join(f"<tr>{cells(r, 'td')}</tr>" for r in rows_of(results)), figures="".join(picture(*f) for f in figures))
 
-# %% ../nbs/18_cli.ipynb #b2cb981f
+# %% ../nbs/18_cli.ipynb #9d9dc11d
 def run_demo(out: str | Path, seed: int = 0, skills: tuple | None = None, asked: tuple | None = None, limit: int | None = None, **kw) -> dict: # {task: {model: Result}}
     "Train, ask, compare, and write report.html; `kw` overrides settings of the training"
     import time
@@ -347,7 +347,7 @@ def demo(out: Annotated[str, typer.Option(help="folder for experts, answers and 
     torch.set_num_threads(min(torch.get_num_threads(), 2))
     run_demo(out, seed)
 
-# %% ../nbs/18_cli.ipynb #18acb7e1
+# %% ../nbs/18_cli.ipynb #74d66cf4
 def main() -> None:
     "The `transformer2` command"
     app()

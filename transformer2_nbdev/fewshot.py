@@ -8,7 +8,7 @@ __all__ = ['draw', 'refit', 'best_first', 'Found', 'cem', 'beats', 'stop', 'scor
            'token_means', 'few_shot_scores', 'n_blocks', 'alphas', 'corners', 'variants', 'FewShot', 'show_progress',
            'Strength', 'folds', 'held_back', 'select', 'shares', 'show_alphas']
 
-# %% ../nbs/12_fewshot.ipynb #737d3a54
+# %% ../nbs/12_fewshot.ipynb #78970020
 import math
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -25,7 +25,7 @@ from .prompt import continuation, pad_right
 from .rollout import completion_logits, encode, eos_ids, generate, inner, pad_id, pad_left, undisturbed
 from .tasks import Task, render
 
-# %% ../nbs/12_fewshot.ipynb #34e1c7ab
+# %% ../nbs/12_fewshot.ipynb #4b47578e
 def draw(mean: torch.Tensor, std: torch.Tensor,  # (dim,) each
          population: int, bounds: tuple[float, float], rng: torch.Generator
         ) -> torch.Tensor:                       # (population, dim); row 0 is the mean itself
@@ -41,7 +41,7 @@ def refit(elites: torch.Tensor,                    # (E, dim)
     "Move the search distribution to its elites"
     return torch.lerp(elites.mean(0), mean, smoothing), torch.lerp(elites.std(0, correction=0), std, smoothing)
 
-# %% ../nbs/12_fewshot.ipynb #f5788de6
+# %% ../nbs/12_fewshot.ipynb #9c6f4f45
 def best_first(scores: torch.Tensor # (P,), or (P, C): the first column decides, the next ones break its ties
               ) -> torch.Tensor:    # (P,) row numbers, best first; equal rows keep their order
     "Rank candidates lexicographically"
@@ -50,7 +50,7 @@ def best_first(scores: torch.Tensor # (P,), or (P, C): the first column decides,
     for column in scores.T.flip(0).double(): order = order[column[order].argsort(descending=True, stable=True)]
     return order
 
-# %% ../nbs/12_fewshot.ipynb #77ce55ac
+# %% ../nbs/12_fewshot.ipynb #091fcae7
 @dataclass
 class Found:
     "What a search found, and how it came there"
@@ -61,7 +61,7 @@ class Found:
     why: str                                     # why the search stopped
     history: list = field(repr=False)            # a dict for each generation: population (P, dim), scores (P, C), elites, mean, std
 
-# %% ../nbs/12_fewshot.ipynb #5236b7e0
+# %% ../nbs/12_fewshot.ipynb #0b733ffd
 def cem(objective: Callable,                # (P, dim) -> (P,) or (P, C) scores, greater is better, compared lexicographically
         dim: int,                           # numbers to find
         population: int = 32,               # candidates in each generation (official code)
@@ -88,7 +88,7 @@ def cem(objective: Callable,                # (P, dim) -> (P,) or (P, C) scores,
         if (why := stop(std, since, tol * (high - low), patience)): break
     return Found(*best, mean, std, why or f"{generations} generations", history)
 
-# %% ../nbs/12_fewshot.ipynb #a6de1f83
+# %% ../nbs/12_fewshot.ipynb #cbc6eb0c
 def beats(a: torch.Tensor, b: torch.Tensor) -> bool: # (C,) each
     "Is score a better than b?"
     return a.tolist() > b.tolist()
@@ -118,7 +118,7 @@ def check_search(dim, population, elite, generations, bounds, smoothing) -> None
     if not bounds[0] < bounds[1]: raise ValueError(f"bounds={tuple(bounds)}: the lower one must come first")
     if not 0 <= smoothing < 1: raise ValueError(f"smoothing={smoothing}: give a share from 0 up to, not including, 1")
 
-# %% ../nbs/12_fewshot.ipynb #756c6a8f
+# %% ../nbs/12_fewshot.ipynb #4178aeb2
 def show_search(found: Found,
                 objective: Callable,          # the (P, 2) -> (P,) function that was searched
                 at: tuple = (0, 2, 5, 9),     # generations to draw
@@ -139,7 +139,7 @@ def show_search(found: Found,
         ax.set(title=f"generation {g}", xlim=bounds, ylim=bounds, xticks=bounds, yticks=bounds)
     return fig
 
-# %% ../nbs/12_fewshot.ipynb #f6f9cc11
+# %% ../nbs/12_fewshot.ipynb #20ad276a
 def draw_shots(task: Task,
                n: int,                 # how many
                seed: int = 0,          # which
@@ -159,7 +159,7 @@ def curve(fit: Callable,               # (shots, seed) -> strategy
     "How much more do more shots give?"
     return {n: [accuracy(fit(draw_shots(task, n, s, split), s)) for s in seeds] for n in counts}
 
-# %% ../nbs/12_fewshot.ipynb #c62fea32
+# %% ../nbs/12_fewshot.ipynb #a177e410
 class Shots:
     "A handful of solved examples against which whole populations of mixtures are marked"
     def __init__(self, model: nn.Module, tokenizer, task: Task,
@@ -179,7 +179,7 @@ class Shots:
 
     def __len__(self): return len(self.shots)
 
-# %% ../nbs/12_fewshot.ipynb #e61fcf80
+# %% ../nbs/12_fewshot.ipynb #ea35f23e
 def check_shots(task: Task, shots: list[dict], tie: str) -> None:
     "Shots that cannot be learned from, one line each"
     if tie not in ("gold", "own"): raise ValueError(f'tie={tie!r}: choose "gold" or "own"')
@@ -191,13 +191,13 @@ def check_shots(task: Task, shots: list[dict], tie: str) -> None:
         except (KeyError, AttributeError): said = None
         if not said: raise ValueError(f'shot {i} has no answer ({str(e)[:60]}): add one, or choose tie="own"')
 
-# %% ../nbs/12_fewshot.ipynb #40e90dbe
+# %% ../nbs/12_fewshot.ipynb #a48d8a3a
 class Marks(NamedTuple):
     "What every candidate did on every shot"
     correct: torch.Tensor # (P, n) bool: the greedy answer is right
     logp: torch.Tensor    # (P, n) mean log-probability of a token: of the correct answer ("gold") or of its own ("own")
 
-# %% ../nbs/12_fewshot.ipynb #bde4f8e4
+# %% ../nbs/12_fewshot.ipynb #1b8309cf
 @torch.no_grad()
 def mark(shots: Shots,
          weights: torch.Tensor,     # (P, K) or (P, L, K): P mixtures
@@ -215,7 +215,7 @@ def mark(shots: Shots,
     shots.rows += P * n
     return Marks(*(torch.cat(x).view(P, n) for x in zip(*parts)))
 
-# %% ../nbs/12_fewshot.ipynb #bd9008bc
+# %% ../nbs/12_fewshot.ipynb #ea3fbb2e
 def mark_rows(s: Shots,
               shot: list[int],                          # B shot numbers
               answering: Callable = lambda some: nullcontext() # row numbers -> context manager in which the model answers those rows
@@ -234,7 +234,7 @@ def mark_rows(s: Shots,
         if s.tie == "own": logp = token_means(g.logprobs, g.completion_mask).float().cpu()
     return correct, logp
 
-# %% ../nbs/12_fewshot.ipynb #efe8e334
+# %% ../nbs/12_fewshot.ipynb #7a80f41f
 def read_answers(s: Shots, shot: list[int]) -> tuple[torch.Tensor, torch.Tensor]: # (B,) log-probability, (B,) bool
     "One forward pass over the correct answers: how likely are they, and would greedy decoding have written them?"
     ids, mask = pad_left([s.prompts[i] for i in shot], s.pad, inner(s.model).device)
@@ -245,7 +245,7 @@ def read_answers(s: Shots, shot: list[int]) -> tuple[torch.Tensor, torch.Tensor]
     ends = n <= s.max_new_tokens if s.final else n == s.max_new_tokens   # else the greedy answer is shorter or longer than this one
     return token_means(logp, M).cpu(), (same.all(1) & ends).cpu()
 
-# %% ../nbs/12_fewshot.ipynb #9aafa05b
+# %% ../nbs/12_fewshot.ipynb #0432cc0c
 def judged(s: Shots, i: int, text: str) -> bool:
     "Is this answer to shot i right? The same answer is judged once"
     if (i, text) not in s.seen: s.seen[i, text] = s.task.judge(text, s.shots[i]).correct
@@ -255,7 +255,7 @@ def token_means(logp: torch.Tensor, mask: torch.Tensor) -> torch.Tensor: # (B, T
     "Mean over the tokens that count"
     return (logp * mask).sum(1) / mask.sum(1).clamp(min=1)
 
-# %% ../nbs/12_fewshot.ipynb #1a180174
+# %% ../nbs/12_fewshot.ipynb #f59e0ba1
 def few_shot_scores(m: Marks,
                     tie: str = "gold"
                    ) -> torch.Tensor: # (P, 2): accuracy, then mean log-likelihood
@@ -265,7 +265,7 @@ def few_shot_scores(m: Marks,
     mine = (m.logp * m.correct).sum(1) / m.correct.sum(1)           # 0 / 0 where nothing was right
     return torch.stack([accuracy, mine.nan_to_num(-torch.inf)], 1)
 
-# %% ../nbs/12_fewshot.ipynb #9467a2f0
+# %% ../nbs/12_fewshot.ipynb #26d51728
 def n_blocks(model: nn.Module) -> int:
     "L: Transformer blocks that carry SVF layers"
     return len({block_index(n) for n in svf_layers(model)} - {None})
@@ -286,13 +286,13 @@ def corners(shape: tuple, form: str) -> torch.Tensor: # (S, dim)
     rows = torch.eye(K) if form == "sum" else torch.cat([torch.eye(K), torch.zeros(1, K)])
     return rows[:, None].expand(-1, math.prod(shape) // K, -1).reshape(len(rows), -1)
 
-# %% ../nbs/12_fewshot.ipynb #934be2b4
+# %% ../nbs/12_fewshot.ipynb #e7a96e5c
 def variants(forms: tuple = ("delta", "sum")) -> dict[str, dict]: # {name: arguments of FewShot}
     "The paper's four ways to weigh experts, in each form"
     return {f"{f}, per {'layer' if l else 'vector'}{', normalised' if n else ''}": dict(form=f, per_layer=l, normalise=n)
             for f in forms for l in (False, True) for n in (False, True)}
 
-# %% ../nbs/12_fewshot.ipynb #cea34842
+# %% ../nbs/12_fewshot.ipynb #5c1a25aa
 class FewShot:
     "The strategy that searches mixture weights on a few solved examples (paper §3.2, C)"
     def __init__(self, model: nn.Module, tokenizer, task: Task,
@@ -321,7 +321,7 @@ class FewShot:
     def __call__(self, prompts: list[str]) -> torch.Tensor: # (B, K) or (B, L, K): the same row for every prompt
         return self.weights.expand(len(prompts), *self.shape)
 
-# %% ../nbs/12_fewshot.ipynb #64471281
+# %% ../nbs/12_fewshot.ipynb #b47f8c1b
 def show_progress(found: Found, axes=None): # two matplotlib axes; None makes new ones
     "Accuracy of the best and the average candidate, and the widths of the search distribution, generation by generation"
     import matplotlib.pyplot as plt
@@ -333,7 +333,7 @@ def show_progress(found: Found, axes=None): # two matplotlib axes; None makes ne
     axes[1].set(xlabel="generation", ylabel="std of each weight", ylim=(0, None))
     return axes
 
-# %% ../nbs/12_fewshot.ipynb #db7d9ad0
+# %% ../nbs/12_fewshot.ipynb #8e6ceba2
 class Strength:
     "The control: one single expert, scaled by s, both chosen on the same shots"
     def __init__(self, model: nn.Module, tokenizer, task: Task, shots: "list[dict] | Shots", experts: list[str] = None,
@@ -349,14 +349,14 @@ class Strength:
     def __call__(self, prompts: list[str]) -> torch.Tensor: # (B, K)
         return self.weights.expand(len(prompts), -1)
 
-# %% ../nbs/12_fewshot.ipynb #fa3f96e4
+# %% ../nbs/12_fewshot.ipynb #ebd3aba2
 def folds(n: int, k: int, seed: int = 0) -> list[list[int]]: # k disjoint lists of shot numbers
     "Deal n shots into k hands"
     if not 2 <= k <= n: raise ValueError(f"too few shots: {n} cannot be dealt into {k} folds; give at least {max(k, 2)} shots or fewer folds (2 or more)")
     order = torch.randperm(n, generator=torch.Generator().manual_seed(seed)).tolist()
     return [sorted(order[i::k]) for i in range(k)]
 
-# %% ../nbs/12_fewshot.ipynb #a35e9f94
+# %% ../nbs/12_fewshot.ipynb #2a2d1616
 def held_back(model: nn.Module, tokenizer, task: Task, shots: Shots, hands: list[list[int]], # shot numbers of each fold
               **kwargs                     # of FewShot
              ) -> torch.Tensor:            # (2,) accuracy and mean log-likelihood on shots that the search did not see
@@ -367,7 +367,7 @@ def held_back(model: nn.Module, tokenizer, task: Task, shots: Shots, hands: list
         parts.append(mark(shots, f.weights[None], f.experts, f.form, hand))
     return few_shot_scores(Marks(*(torch.cat(x, 1) for x in zip(*parts))), shots.tie)[0]
 
-# %% ../nbs/12_fewshot.ipynb #6dbc37df
+# %% ../nbs/12_fewshot.ipynb #27c1682d
 def select(model: nn.Module, tokenizer, task: Task, shots: "list[dict] | Shots", experts: list[str] = None,
            among: dict[str, dict] = None,  # {name: arguments of FewShot}; None: `variants()`
            k: int = 5,                     # folds
@@ -384,7 +384,7 @@ def select(model: nn.Module, tokenizer, task: Task, shots: "list[dict] | Shots",
     chosen.variant, chosen.validation = name, {n: tuple(s.tolist()) for n, s in scores.items()}
     return chosen
 
-# %% ../nbs/12_fewshot.ipynb #f27aec4f
+# %% ../nbs/12_fewshot.ipynb #bacd47a5
 def draw_shots(task: Task,
                n: int,                 # how many
                seed: int = 0,          # which
@@ -404,7 +404,7 @@ def curve(fit: Callable,               # (shots, seed) -> strategy
     "How much more do more shots give?"
     return {n: [accuracy(fit(draw_shots(task, n, s, split), s)) for s in seeds] for n in counts}
 
-# %% ../nbs/12_fewshot.ipynb #0b50cea9
+# %% ../nbs/12_fewshot.ipynb #08a89f23
 def shares(weights # (K,) or (L, K)
           ) -> torch.Tensor: # (K,) of sum one
     "A mixture as the share of each expert"

@@ -11,7 +11,7 @@ __all__ = ['NAMES', 'TOP', 'LABELS', 'whole', 'first', 'KINDS', 'TRAINED', 'UNSE
            'new_model', 'corpus', 'answer_loss', 'orthogonal', 'Muon', 'pretrain', 'Recipe', 'answers', 'measure',
            'build', 'load', 'experts', 'record']
 
-# %% ../nbs/05_lab.ipynb #4c8f93bb
+# %% ../nbs/05_lab.ipynb #98432eca
 import json, math, platform, random, time, zlib
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -19,11 +19,11 @@ from itertools import accumulate, combinations
 from pathlib import Path
 from typing import Callable
 
-# %% ../nbs/05_lab.ipynb #cf53d788
+# %% ../nbs/05_lab.ipynb #767c8e05
 import transformer2_nbdev
 from .tasks import Task, Verdict, boxed
 
-# %% ../nbs/05_lab.ipynb #c7e0245c
+# %% ../nbs/05_lab.ipynb #b858d427
 NAMES = "ann bob cat dan eve fay gus hal ida jay kim leo ned ola pam ray sue tom uma vic".split()
 TOP = 19   # the largest value a sum may pass through
 
@@ -37,7 +37,7 @@ def draw_math(rng: random.Random, n: int = 3) -> tuple:  # (a, ("+", b), ("-", c
 
 def show_math(q): return " ".join([str(q[0])] + [f"{op} {b}" for op, b in q[1:]]) + " ="
 
-# %% ../nbs/05_lab.ipynb #6fe8818e
+# %% ../nbs/05_lab.ipynb #09638673
 def work_math(q, slips=()):
     "Work a sum out from the left; a slip in 'math' makes the last result one too large."
     value, said = q[0], []
@@ -46,7 +46,7 @@ def work_math(q, slips=()):
         said.append(show_math((value, *q[i + 1:])))
     return " ".join([*said[:-1], str(value + ("math" in slips))])
 
-# %% ../nbs/05_lab.ipynb #9a0bb2a6
+# %% ../nbs/05_lab.ipynb #ad530707
 def _pick(x, i, slips=()): return x[-1 - i] if "code" in slips else x[i]
 def _list(x): return f"x = [ {' '.join(map(str, x))} ] ;"
 
@@ -56,11 +56,11 @@ def work_code(q, slips=()):
     "Index into a list; a slip in 'code' counts from the wrong end."
     return str(_pick(*q, slips))
 
-# %% ../nbs/05_lab.ipynb #5782bde0
+# %% ../nbs/05_lab.ipynb #91c3784c
 def show_code_hard(q): return f"{_list(q[0])} x [ ::-1 ] [ {q[1]} ] ="
 def work_code_hard(q, slips=()): return str(_pick(q[0][::-1], q[1], slips))
 
-# %% ../nbs/05_lab.ipynb #dc243560
+# %% ../nbs/05_lab.ipynb #bd319de9
 def draw_logic(rng, sign=">"):
     names = tuple(rng.sample(NAMES, 3))   # from largest to smallest
     facts = [f"{a} > {b}" if sign == ">" else f"{b} < {a}" for a, b in combinations(names, 2)]
@@ -72,7 +72,7 @@ def work_logic(q, slips=()):
     "Name the largest or smallest; a slip in 'logic' names the other end."
     return q[0][0 if (q[2] == "max") != ("logic" in slips) else -1]
 
-# %% ../nbs/05_lab.ipynb #5a6e2fa6
+# %% ../nbs/05_lab.ipynb #ce88dd5c
 def _addend(rng, values):
     "An operation that keeps every one of `values` within 0..TOP."
     while True:
@@ -88,7 +88,7 @@ def work_code_math(q, slips=()):
     v = _pick(*q[:2], slips)
     return f"x [ {q[1]} ] = {v} ; {show_math((v, q[2]))} {work_math((v, q[2]), slips)}"
 
-# %% ../nbs/05_lab.ipynb #cb0ba637
+# %% ../nbs/05_lab.ipynb #777cc12b
 def draw_logic_math(rng):
     q = draw_logic(rng)
     ages = dict(zip(q[0], rng.sample(range(10), 3)))
@@ -101,7 +101,7 @@ def work_logic_math(q, slips=()):
     v = dict(q[4])[name]
     return f"{q[2]} = {name} = {v} ; {show_math((v, q[3]))} {work_math((v, q[3]), slips)}"
 
-# %% ../nbs/05_lab.ipynb #2621d17a
+# %% ../nbs/05_lab.ipynb #b77b828e
 LABELS = ("math", "code", "logic", "other")
 
 def work_label(label, slips=()):
@@ -113,7 +113,7 @@ def draw_copy(rng): return tuple(str(rng.randint(0, 9)) if rng.random() < .5 els
 def show_copy(q): return f"say {' '.join(q)} ="
 def work_copy(q, slips=()): return " ".join(q)
 
-# %% ../nbs/05_lab.ipynb #22173724
+# %% ../nbs/05_lab.ipynb #3fe27fe3
 @dataclass(frozen=True)
 class Kind:
     "One kind of question."
@@ -138,7 +138,7 @@ KINDS = {
     "logic+math": Kind(draw_logic_math, show_logic_math, work_logic_math, first, ("logic", "math"), "", 13, 3),
     "copy":       Kind(draw_copy, show_copy, work_copy, whole, (), "other", 7, 2)}
 
-# %% ../nbs/05_lab.ipynb #5fa9330a
+# %% ../nbs/05_lab.ipynb #582e12bb
 def _label_kind(names, weight):
     "A kind that asks which skill a question of one of the kinds `names` needs."
     def draw(rng): name = rng.choice(names); return name, KINDS[name].draw(rng)
@@ -149,7 +149,7 @@ KINDS["cls"] = _label_kind(("math", "code", "logic", "copy"), 2)
 KINDS["cls-hard"] = _label_kind(("math-hard", "code-hard", "logic-hard"), 1)
 TRAINED, UNSEEN, TWO_SKILLS = ("math", "code", "logic"), ("math-hard", "code-hard", "logic-hard"), ("code+math", "logic+math")
 
-# %% ../nbs/05_lab.ipynb #2b952c20
+# %% ../nbs/05_lab.ipynb #d2ed8b52
 def split_of(secret) -> str:  # "train", "validation" or "test"
     "The split that owns a secret; the same on every machine and in every run."
     h = zlib.crc32(repr(secret).encode()) % 100
@@ -162,7 +162,7 @@ def draw(name: str, rng: random.Random, split: str) -> tuple:
         q = kind.draw(rng)
         if split_of(kind.secret(q)) == split: return q
 
-# %% ../nbs/05_lab.ipynb #5c092a27
+# %% ../nbs/05_lab.ipynb #0741ebe0
 SOURCES = "red blue green gold pink gray".split()
 RELIABLE = dict(math =(.95, .95, .90, .85, .20, .10),    # chance that a source gets this step right
                 code =(.10, .20, .95, .85, .90, .95),
@@ -175,7 +175,7 @@ def write(name: str, q: tuple, source: str, rng: random.Random = None) -> tuple:
     slips = [s for s in kind.slips if rng and rng.random() > RELIABLE[s][i]]
     return f"{source} : {kind.show(q)}", kind.work(q, slips)
 
-# %% ../nbs/05_lab.ipynb #352c8bda
+# %% ../nbs/05_lab.ipynb #f43639c4
 SIZES = dict(train=3000, validation=300, test=1002)   # at most; `math` has fewer questions to give
 
 @lru_cache(maxsize=None)
@@ -193,7 +193,7 @@ def _examples(name, split):
         if len(out) == SIZES[split]: break
     return out
 
-# %% ../nbs/05_lab.ipynb #5654676b
+# %% ../nbs/05_lab.ipynb #6a91f4a9
 def _verify(name, completion, example):
     words = completion.split()
     parsed = boxed(completion) if name.startswith("cls") else words[-1] if words else None
@@ -205,7 +205,7 @@ def tasks() -> dict:  # name -> Task
     return {n: Task(n, lambda split, n=n: list(_examples(n, split)), lambda e: e["prompt"], answer=lambda e: e["answer"],
                     max_new_tokens=k.tokens, verify=partial(_verify, n)) for n, k in KINDS.items()}
 
-# %% ../nbs/05_lab.ipynb #c9d9fa8b
+# %% ../nbs/05_lab.ipynb #9ad524af
 WORDS = ["<pad>", "<bos>", "<eos>", "<unk>", *SOURCES, *": = ; + - [ ] x > < ::-1 max min say which skill ? \\boxed{ }".split(), *LABELS, *NAMES, *map(str, range(TOP + 2))]
 
 def tokenizer():
@@ -218,7 +218,7 @@ def tokenizer():
     return PreTrainedTokenizerFast(tokenizer_object=raw, padding_side="left", clean_up_tokenization_spaces=False, model_input_names=["input_ids", "attention_mask"],
                                    **{f"{w}_token": f"<{w}>" for w in ("pad", "bos", "eos", "unk")})
 
-# %% ../nbs/05_lab.ipynb #0163d376
+# %% ../nbs/05_lab.ipynb #6371f9d5
 def new_model(seed: int, width: int = 128):
     "A freshly initialised Llama for the lab's language, in float32."
     import torch
@@ -228,7 +228,7 @@ def new_model(seed: int, width: int = 128):
                                         max_position_embeddings=128, rope_parameters=dict(rope_type="default", rope_theta=100.), tie_word_embeddings=True,
                                         pad_token_id=0, bos_token_id=1, eos_token_id=2))
 
-# %% ../nbs/05_lab.ipynb #68dc8298
+# %% ../nbs/05_lab.ipynb #26167846
 def corpus(tok, seed: int, flawed: bool, size: int = 64):
     "Endless batches of (prompt ids, answer ids), shortest first."
     rng = random.Random(seed)
@@ -247,7 +247,7 @@ def answer_loss(model, rows):
     hidden = model.model(ids).last_hidden_state[:, :-1][kept]
     return torch.nn.functional.cross_entropy(model.lm_head(hidden), ids[:, 1:][kept], reduction="sum")
 
-# %% ../nbs/05_lab.ipynb #150b57e5
+# %% ../nbs/05_lab.ipynb #7dd30643
 def orthogonal(M, rounds: int = 5):  # (..., m, n) -> (..., m, n)
     "U Vᵀ of M = U Σ Vᵀ, roughly: every singular value is brought between .7 and 1.2 (Jordan's quintic Newton–Schulz iteration)."
     if M.shape[-2] > M.shape[-1]: return orthogonal(M.mT, rounds).mT
@@ -257,7 +257,7 @@ def orthogonal(M, rounds: int = 5):  # (..., m, n) -> (..., m, n)
         X = 3.4445 * X + (-4.7750 * A + 2.0315 * A @ A) @ X
     return X
 
-# %% ../nbs/05_lab.ipynb #c8d128f4
+# %% ../nbs/05_lab.ipynb #b7d39432
 class Muon:
     "Momentum whose step is orthogonal, for matrices; all matrices of one shape go together."
     def __init__(self, params, momentum: float = .95):
@@ -273,7 +273,7 @@ class Muon:
             m = self.average.setdefault(shape, torch.zeros_like(g)).lerp_(g, 1 - self.momentum)
             for p, u in zip(ps, orthogonal(g.lerp(m, self.momentum))): p.data.add_(u, alpha=-.2 * lr * max(shape) ** .5)
 
-# %% ../nbs/05_lab.ipynb #fa4a61b6
+# %% ../nbs/05_lab.ipynb #bbc0e91d
 def pretrain(model, tok, seed: int, steps: int, flawed: bool, lr: float = 8e-3):
     "Yield the loss (nats a word of the answers) of each step, while the model learns; `lr` warms up for 20 steps and falls to 0 linearly."
     import torch
@@ -290,7 +290,7 @@ def pretrain(model, tok, seed: int, steps: int, flawed: bool, lr: float = 8e-3):
         model.zero_grad()
         yield sum(losses).item()
 
-# %% ../nbs/05_lab.ipynb #d7bd1eb6
+# %% ../nbs/05_lab.ipynb #45fe3067
 @dataclass(frozen=True)
 class Recipe:
     "What makes a base."
@@ -303,7 +303,7 @@ class Recipe:
 
 BASES = {"A": Recipe(1, 101), "A-sibling": Recipe(1, 102), "A-control": Recipe(1, 101, flawed=False), "B": Recipe(2, 103, clean=600), "B-wide": Recipe(3, 104, width=160, clean=600)}
 
-# %% ../nbs/05_lab.ipynb #0507aa16
+# %% ../nbs/05_lab.ipynb #5f219961
 def _watch(losses, steps, phase):
     "The losses as a list, under a progress bar."
     from tqdm.auto import tqdm
@@ -327,7 +327,7 @@ def _grow(recipe):
     import torch
     return model.to(torch.bfloat16), losses + more, seconds + time.time() - start
 
-# %% ../nbs/05_lab.ipynb #9e52b97e
+# %% ../nbs/05_lab.ipynb #e05966be
 def answers(model, tok, prompts: list, max_new_tokens: int, sample: bool = False, seed: int = 0) -> list:
     "The model's answers as text."
     import torch
@@ -350,7 +350,7 @@ def measure(model, tok, task: Task, sample: bool = False, split: str = "test", l
     low, high = _wilson(sum(ok), len(ok))
     return dict(n=len(ok), correct=sum(ok), low=low, high=high, by_source={s: sum(o for o, e in zip(ok, examples) if e["source"] == s) for s in SOURCES})
 
-# %% ../nbs/05_lab.ipynb #8a37a5be
+# %% ../nbs/05_lab.ipynb #3c46674b
 DATA = Path(transformer2_nbdev.__file__).parent / "data" / "lab"
 
 def _recipe(name):
@@ -374,7 +374,7 @@ def build(name: str,                 # one of BASES
     (out / "record.json").write_text(json.dumps(record) + "\n")
     return out
 
-# %% ../nbs/05_lab.ipynb #551bb4d4
+# %% ../nbs/05_lab.ipynb #35e0bc97
 def load(name: str = "A", dtype: str = "float32") -> tuple:  # (model, tokenizer, {name: Task})
     "A lab base, ready to answer."
     import torch

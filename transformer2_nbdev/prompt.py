@@ -6,7 +6,7 @@
 __all__ = ['GUIDES', 'METHODS', 'question', 'box', 'read_label', 'asked', 'by_generating', 'continuation', 'score_batch',
            'label_scores', 'pad_right', 'Dispatch', 'by_scoring', 'Confusion', 'confusion', 'show_confusion']
 
-# %% ../nbs/10_prompt.ipynb #1b5f1d33
+# %% ../nbs/10_prompt.ipynb #c5ca374b
 import re
 from inspect import signature
 from typing import Callable, NamedTuple
@@ -19,13 +19,13 @@ from .adapt import check_experts, one_hot
 from .rollout import encode, eos_ids, generate, inner, pad_id, pad_left, positions
 from .tasks import answer_region, boxed, render
 
-# %% ../nbs/10_prompt.ipynb #b3d3890f
+# %% ../nbs/10_prompt.ipynb #54ee4f58
 GUIDES = dict(code="it wants a program or a function written, completed, repaired or explained",
               math="it wants a quantity, found by calculating, counting or algebra",
               reasoning="it wants a conclusion or a choice, drawn from knowledge and logic rather than from numbers or programs",
               others="none of these fits")
 
-# %% ../nbs/10_prompt.ipynb #86ede14c
+# %% ../nbs/10_prompt.ipynb #ae390a46
 def question(prompt: str,           # the user's message
              guides: dict = GUIDES  # {label: when it applies}
             ) -> str:
@@ -34,7 +34,7 @@ def question(prompt: str,           # the user's message
     return (f"Below, between two lines of dashes, is a message that somebody sent. Do not answer it. Say only which kind it is.\n\n"
             f"-----\n{prompt}\n-----\n\nThe kinds:\n{listed}\n\nWrite the one word that names the kind in \\boxed{{}}.")
 
-# %% ../nbs/10_prompt.ipynb #38a35505
+# %% ../nbs/10_prompt.ipynb #ba020cfe
 def box(label: str) -> str:
     "The answer wanted, as the model would write it"
     return f"\\boxed{{{label}}}"
@@ -48,25 +48,25 @@ def read_label(text: str,        # a completion
     said = re.sub(r"^\\(?:text|mathrm|textbf)\s*\{([^{}]*)\}$", r"\1", said).strip().lower()
     return next((l for l in labels if l.lower() == said), None)
 
-# %% ../nbs/10_prompt.ipynb #3f930a08
+# %% ../nbs/10_prompt.ipynb #95e2ee78
 def asked(model: nn.Module, active: str | None): # context manager
     "Inside, `active` alone answers, or the base if it is None"
     name = active or next(iter(model.peft_config))
     return mixture(model, [1. if active else 0.], [name])
 
-# %% ../nbs/10_prompt.ipynb #d343c52f
+# %% ../nbs/10_prompt.ipynb #1fd7d554
 def by_generating(d: "Dispatch", texts: list[str]) -> tuple[list, list, None]: # labels, completions, no scores
     "Let the model write, then read"
     said = generate(d.model, d.tokenizer, texts, d.max_new_tokens, temperature=0, batch_size=d.batch_size).texts
     return [d.read(t, list(d.labels)) for t in said], said, None
 
-# %% ../nbs/10_prompt.ipynb #85a0fb48
+# %% ../nbs/10_prompt.ipynb #7a141da1
 def continuation(tokenizer, text: str, completion: str, eos: list[int]) -> list[int]:
     "Token ids of `completion` as they follow `text`"
     before, both = encode(tokenizer, [text, text + completion], eos)
     return both[len(before):] if both[:len(before)] == before else tokenizer(completion, add_special_tokens=False)["input_ids"]
 
-# %% ../nbs/10_prompt.ipynb #716b563e
+# %% ../nbs/10_prompt.ipynb #98befaa0
 def score_batch(model: nn.Module,
                 P: torch.Tensor, M: torch.Tensor, # (B, P) prompts and their mask
                 C: torch.Tensor, N: torch.Tensor  # (B * L, T) answers and their mask, those of one prompt together
@@ -82,7 +82,7 @@ def score_batch(model: nn.Module,
     logits = torch.cat([read.logits[:, -1:].repeat_interleave(L, 0), rest[:, :-1]], 1).float()
     return (logits.log_softmax(-1).gather(-1, C[..., None])[..., 0] * N).sum(1)
 
-# %% ../nbs/10_prompt.ipynb #3c9252aa
+# %% ../nbs/10_prompt.ipynb #b484cd9c
 @torch.no_grad()
 def label_scores(model: nn.Module, tokenizer,
                  texts: list[str],       # B prompts as `tasks.render` writes them
@@ -104,7 +104,7 @@ def pad_right(rows: list[list[int]], fill: int, device=None) -> tuple[torch.Tens
     ids, mask = pad_left([r[::-1] for r in rows], fill, device)
     return ids.flip(1), mask.flip(1)
 
-# %% ../nbs/10_prompt.ipynb #eb0c6ebe
+# %% ../nbs/10_prompt.ipynb #c11374ba
 class Dispatch:
     "The strategy that asks the model itself which expert a prompt needs (paper §3.2, A)"
     def __init__(self, model: nn.Module, tokenizer,
@@ -132,7 +132,7 @@ class Dispatch:
     def __call__(self, prompts: list[str]) -> torch.Tensor: # (B, K) one-hot rows; zeros where the base answers
         return one_hot([self.labels.get(l) for l in self.classify(list(prompts))], self.experts)
 
-# %% ../nbs/10_prompt.ipynb #afcf5d91
+# %% ../nbs/10_prompt.ipynb #c7352c98
 def by_scoring(d: "Dispatch", texts: list[str]) -> tuple[list, list, torch.Tensor]: # labels, answers, (B, L) log-probabilities
     "Choose the likeliest of the labels"
     answers = [d.say(l) for l in d.labels]
@@ -142,7 +142,7 @@ def by_scoring(d: "Dispatch", texts: list[str]) -> tuple[list, list, torch.Tenso
 
 METHODS = dict(generate=by_generating, score=by_scoring)
 
-# %% ../nbs/10_prompt.ipynb #1573c817
+# %% ../nbs/10_prompt.ipynb #7be4d48f
 class Confusion(NamedTuple):
     "How often prompts of each kind were given each label"
     counts: torch.Tensor # (R, C)
@@ -164,7 +164,7 @@ def confusion(kinds: list[str],       # what each prompt is
     for k, s in zip(kinds, said, strict=True): counts[rows.index(k), cols.index(s if s in cols else none)] += 1
     return Confusion(counts, rows, cols)
 
-# %% ../nbs/10_prompt.ipynb #11633164
+# %% ../nbs/10_prompt.ipynb #a2393feb
 def show_confusion(c: Confusion, title: str = "", ax=None): # matplotlib axes
     "Picture of a confusion matrix: shares of each row"
     import matplotlib.pyplot as plt

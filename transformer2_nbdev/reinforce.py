@@ -12,7 +12,7 @@ __all__ = ['PAPER', 'OFFICIAL', 'CHOICES', 'AT_LEAST', 'ABOVE', 'FREE', 'advanta
            'check_prompts', 'start', 'one_step', 'loop', 'summary', 'scalar_writer', 'History', 'plot_history',
            'record', 'finish', 'go', 'train_expert', 'gold_batch', 'answer_step', 'sft']
 
-# %% ../nbs/08_reinforce.ipynb #005599d1
+# %% ../nbs/08_reinforce.ipynb #07c6dcfd
 import hashlib, importlib.util, json, math, os, random, shlex, signal, sys, tempfile, threading, time
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
@@ -29,7 +29,7 @@ from .rollout import (Rollouts, check_room, encode, entropy, eos_ids, forked_rng
                                         token_logprobs, vocab_logprobs)
 from .tasks import Task, render
 
-# %% ../nbs/08_reinforce.ipynb #e028aa0f
+# %% ../nbs/08_reinforce.ipynb #1c0ac679
 def advantages(rewards: torch.Tensor,  # (N,) completions of one prompt in a row
                how: str = "batch",     # "none" | "batch" | "leave-one-out" | "group"
                samples: int = 1        # completions per prompt
@@ -43,7 +43,7 @@ def advantages(rewards: torch.Tensor,  # (N,) completions of one prompt in a row
     if how == "leave-one-out": return ((groups - mean) * n / (n - 1)).flatten().float()
     return ((groups - mean) / (groups.std(1, correction=0, keepdim=True) + 1e-4)).flatten().float()
 
-# %% ../nbs/08_reinforce.ipynb #7b80eaa7
+# %% ../nbs/08_reinforce.ipynb #734e26ab
 def kl_per_token(logp: torch.Tensor,  # (..., V) log-probabilities of the policy
                  ref: torch.Tensor,   # (..., V) of the base
                  of: str = "policy"   # "policy": KL(policy || base), the paper's; "base": KL(base || policy), the official code's
@@ -51,7 +51,7 @@ def kl_per_token(logp: torch.Tensor,  # (..., V) log-probabilities of the policy
     "Divergence between two next-token distributions, summed over the whole vocabulary"
     return (logp.exp() * (logp - ref)).sum(-1) if of == "policy" else (ref.exp() * (ref - logp)).sum(-1)
 
-# %% ../nbs/08_reinforce.ipynb #54369e86
+# %% ../nbs/08_reinforce.ipynb #f7032254
 @contextmanager
 def reference(model: nn.Module) -> Iterator[nn.Module]:
     "Inside, the model is its own base, without gradients; which parameters are trained stays as it was"
@@ -61,7 +61,7 @@ def reference(model: nn.Module) -> Iterator[nn.Module]:
     finally:
         for p, flag in flags: p.requires_grad_(flag)
 
-# %% ../nbs/08_reinforce.ipynb #bf76ebf6
+# %% ../nbs/08_reinforce.ipynb #865ccc9c
 def policy_loss(model: nn.Module,
                 r: Rollouts,             # B completions of the model as it is now
                 A: torch.Tensor,         # (B,) advantages
@@ -82,7 +82,7 @@ def policy_loss(model: nn.Module,
         sums = {k: v.masked_fill(~kept, 0) for k, v in seen.items()}
     return loss, dict(loss=loss.item(), kl=sums["kl"].sum().item(), entropy=sums["entropy"].sum().item(), gap=sums["gap"].max().item())
 
-# %% ../nbs/08_reinforce.ipynb #9bc44234
+# %% ../nbs/08_reinforce.ipynb #624c1896
 @dataclass(kw_only=True)
 class AskConfig:
     "How rollouts and validations are asked for"
@@ -98,7 +98,7 @@ class AskConfig:
     val_temperature: float = None    # of the validation; None: greedy for one completion per prompt, else that of the rollouts
     patience: int = None             # stop after this many validations without a better one; None runs all steps
 
-# %% ../nbs/08_reinforce.ipynb #42ecd553
+# %% ../nbs/08_reinforce.ipynb #a4ccc70f
 @dataclass(kw_only=True)
 class ObjectiveConfig:
     "What the gradient is of"
@@ -109,7 +109,7 @@ class ObjectiveConfig:
     track_kl: bool = True            # measure the KL even where kl = 0, for one forward pass without gradient
     max_kl: float = 10.              # a mean KL per token above this counts as diverged (nats); None never does
 
-# %% ../nbs/08_reinforce.ipynb #70829f4e
+# %% ../nbs/08_reinforce.ipynb #81fa4c3a
 @dataclass(kw_only=True)
 class ReinforceConfig(AskConfig, ObjectiveConfig):
     "How to train. The defaults suit a small model and a reward of -1 or +1"
@@ -138,7 +138,7 @@ class ReinforceConfig(AskConfig, ObjectiveConfig):
 PAPER = dict(batch_size=256, lr=2e-3, max_grad_norm=1e-3, kl=0.1, schedule="cosine", advantage="none")
 OFFICIAL = PAPER | dict(kl=0., kl_of="base", schedule="constant", temperature=0.)
 
-# %% ../nbs/08_reinforce.ipynb #22d92748
+# %% ../nbs/08_reinforce.ipynb #0ae8cc60
 CHOICES = dict(schedule=("cosine", "constant"), kl_of=("policy", "base"), advantage=("none", "batch", "leave-one-out", "group"),
                reduction=("sequence", "token"), fused=("auto", True, False), autocast=(None, "bf16"))
 AT_LEAST = dict(steps=1, batch_size=1, samples=1, warmup=0, weight_decay=0, kl=0, temperature=0, rollout_batch=1, val_every=0, val_limit=1, save_every=1)
@@ -160,7 +160,7 @@ def check_config(c: ReinforceConfig) -> None: # raises ValueError naming the fie
     hot = c.temperature if c.val_temperature is None else c.val_temperature
     if (c.val_samples or 1) > 1 and hot == 0: raise ValueError("val_samples > 1 needs a temperature above 0: greedy completions are all alike")
 
-# %% ../nbs/08_reinforce.ipynb #90d76bfe
+# %% ../nbs/08_reinforce.ipynb #1bd79f01
 def seed_of(*parts) -> int: # 63 bits
     "A seed that follows from numbers and words alone, the same on every machine and in every process"
     return int.from_bytes(hashlib.sha256("/".join(map(str, parts)).encode()).digest()[:8], "big") >> 1
@@ -177,7 +177,7 @@ def chunks(rows: list, size: int) -> dict[int, list]: # {chunk number: rows}
     "Cut a batch into the pieces that are generated at once"
     return {i // size: rows[i:i + size] for i in range(0, len(rows), size)}
 
-# %% ../nbs/08_reinforce.ipynb #c53ea40a
+# %% ../nbs/08_reinforce.ipynb #54e6e206
 def world() -> tuple[int, int]: # (this process's number, how many there are)
     "Where this process stands; (0, 1) when it is alone"
     on = dist.is_available() and dist.is_initialized()
@@ -209,7 +209,7 @@ def sum_gradients(params: list[nn.Parameter]) -> None:
     dist.all_reduce(flat)
     for p, g in zip(params, flat.split([p.numel() for p in params])): p.grad.copy_(g.view_as(p))
 
-# %% ../nbs/08_reinforce.ipynb #1e1b143e
+# %% ../nbs/08_reinforce.ipynb #0b2fdb48
 @dataclass
 class Run:
     "One training run: what it works on, and how far it has come"
@@ -239,7 +239,7 @@ def restore(run: Run, values: dict) -> None:
     "Put trained parameters back"
     for n, p in run.params.items(): p.copy_(values[n])
 
-# %% ../nbs/08_reinforce.ipynb #2fb0c15e
+# %% ../nbs/08_reinforce.ipynb #2e4fafd9
 def begin(model, tokenizer, task: Task, config: ReinforceConfig, out: str | Path | None) -> Run:
     "A run with its examples: all of the training split, and the same `val_limit` validation prompts for every seed"
     join_world()
@@ -247,7 +247,7 @@ def begin(model, tokenizer, task: Task, config: ReinforceConfig, out: str | Path
     validation = random.Random(0).sample(validation, min(config.val_limit, len(validation)))
     return Run(model, tokenizer, task, config, None if out is None else Path(out), list(task.examples("train")), validation)
 
-# %% ../nbs/08_reinforce.ipynb #4bab99da
+# %% ../nbs/08_reinforce.ipynb #84a41aa3
 def collect(run: Run,
             rows: list,          # examples, one for each completion
             *key,                # names the occasion, for the seeds
@@ -269,7 +269,7 @@ def autocast(run: Run):
     "Mixed precision for rollouts and training alike, so that both see the same policy"
     return torch.autocast(inner(run.model).device.type, torch.bfloat16, enabled=run.config.autocast is not None)
 
-# %% ../nbs/08_reinforce.ipynb #fd79854d
+# %% ../nbs/08_reinforce.ipynb #eec890af
 @contextmanager
 def in_mode(run: Run) -> Iterator[None]:
     "Training mode where dropout or gradient checkpointing ask for it, evaluation mode otherwise"
@@ -288,7 +288,7 @@ def micro_batches(r: Rollouts, size: int | None) -> Iterator[list[int]]: # row n
     order = sorted(range(len(r)), key=lambda i: int(r.lengths[i]))
     for i in range(0, len(order), size or len(order)): yield order[i:i + (size or len(order))]
 
-# %% ../nbs/08_reinforce.ipynb #8cad94a5
+# %% ../nbs/08_reinforce.ipynb #221eb66e
 def learn(run: Run,
           mine: dict,          # {chunk: Rollouts} of this process
           A: torch.Tensor,     # (N,) advantages of the whole batch
@@ -305,7 +305,7 @@ def learn(run: Run,
                 total = {k: max(v, sums[k]) if k == "gap" else v + sums[k] for k, v in total.items()}
     return total
 
-# %% ../nbs/08_reinforce.ipynb #1c80ef75
+# %% ../nbs/08_reinforce.ipynb #ad9dc9c0
 def pays(model: nn.Module,
          tokens: int           # rolled out and trained on in one optimizer step
         ) -> bool:
@@ -318,7 +318,7 @@ def stepping(run: Run):
     tokens = c.batch_size * (c.max_new_tokens or run.task.max_new_tokens) // world()[1]
     return fused(run.model, sync=False) if c.fused is True or c.fused == "auto" and pays(run.model, tokens) else nullcontext()
 
-# %% ../nbs/08_reinforce.ipynb #1555282b
+# %% ../nbs/08_reinforce.ipynb #783d2728
 def mean(xs) -> float: return sum(xs) / max(len(xs), 1)
 
 def policy_step(run: Run) -> dict: # metrics
@@ -334,7 +334,7 @@ def policy_step(run: Run) -> dict: # metrics
     return dict(reward=mean(seen["reward"]), accuracy=mean(seen["correct"]), kl=total["kl"] / n, entropy=total["entropy"] / n,
                 loss=total["loss"] / (n if c.reduction == "token" else len(rows)), tokens=n / len(rows), finished=mean(seen["finished"]), gap=total["gap"])
 
-# %% ../nbs/08_reinforce.ipynb #678ac843
+# %% ../nbs/08_reinforce.ipynb #502cfac6
 def lr_at(c: ReinforceConfig, step: int) -> float:
     "Learning rate of a step: linear warm-up, then half a cosine down to 0"
     rise = min(1., (step + 1) / (c.warmup + 1))
@@ -357,14 +357,14 @@ def update(run: Run, m: dict) -> None: # m: the step's metrics; grad_norm and lr
     for g in run.optimizer.param_groups: g["lr"] = m["lr"]
     run.optimizer.step(); run.optimizer.zero_grad()
 
-# %% ../nbs/08_reinforce.ipynb #83e8a416
+# %% ../nbs/08_reinforce.ipynb #b7ead721
 @torch.no_grad()
 def probe(run: Run) -> None:
     "Diverged if the model no longer gives finite logits: sampling from them would crash, on a GPU without recovery"
     ids = torch.tensor(encode(run.tokenizer, [render(run.task, run.train[0], run.tokenizer)], eos_ids(run.model, run.tokenizer)), device=inner(run.model).device)
     if not torch.isfinite(run.model(input_ids=ids).logits).all(): raise Diverged("the model's logits are no longer finite")
 
-# %% ../nbs/08_reinforce.ipynb #4526a355
+# %% ../nbs/08_reinforce.ipynb #735b5c0c
 def val_plan(c: ReinforceConfig, prompts: int) -> tuple[int, float]: # (completions per prompt, temperature)
     "How to validate: greedily where there are prompts enough, by sampling a few prompts often where there are not"
     few = prompts < 64 and c.temperature > 0 and c.val_temperature != 0
@@ -392,7 +392,7 @@ def stale(run: Run) -> int: # how many validations have passed since the best on
     "What `patience` is compared with"
     return sum(m["step"] > best_step(run) for m in validations(run))
 
-# %% ../nbs/08_reinforce.ipynb #84e5d855
+# %% ../nbs/08_reinforce.ipynb #e558ba0a
 def write(path: Path, make: Callable) -> None: # make: writes to the path it is given
     "Write a file under another name and rename it: a reader finds the old content or the new, never a part"
     part = path.with_name(f".{path.name}.part")
@@ -413,7 +413,7 @@ def save_metrics(run: Run, last: bool = False) -> None: # last: only append the 
     if not last: return write_atomic(run.out / "metrics.jsonl", "".join(lines))
     with open(run.out / "metrics.jsonl", "a", encoding="utf-8") as f: f.writelines(lines)
 
-# %% ../nbs/08_reinforce.ipynb #a52cbaab
+# %% ../nbs/08_reinforce.ipynb #5cd950d2
 FREE = ("save_every", "tensorboard", "max_kl") # fields that a resumed run may change
 
 def load_state(run: Run) -> None: # raises ValueError where the state is another run's
@@ -429,7 +429,7 @@ def load_state(run: Run) -> None: # raises ValueError where the state is another
     restore(run, s["params"]); run.optimizer.load_state_dict(s["optimizer"])
     run.step, run.best, run.good, run.metrics, run.seconds = (s[k] for k in ("step", "best", "good", "metrics", "seconds"))
 
-# %% ../nbs/08_reinforce.ipynb #a2ac4175
+# %% ../nbs/08_reinforce.ipynb #8e66e58a
 def save_adapter(run: Run, values: dict, folder: str = ".") -> None:
     "An ordinary PEFT adapter folder under `run.out` with the given values; the model keeps its own"
     if run.out is None or world()[0]: return
@@ -442,7 +442,7 @@ def save_adapter(run: Run, values: dict, folder: str = ".") -> None:
             for f in sorted((Path(tmp) / ("" if name == "default" else name)).iterdir()): os.replace(f, run.out / folder / f.name)
     finally: restore(run, now)
 
-# %% ../nbs/08_reinforce.ipynb #ad71fbd7
+# %% ../nbs/08_reinforce.ipynb #f797a123
 @contextmanager
 def until_interrupted() -> Iterator[Callable]: # a function that says whether Ctrl-C was pressed
     "The first Ctrl-C lets the current step end; the second stops at once"
@@ -456,7 +456,7 @@ def until_interrupted() -> Iterator[Callable]: # a function that says whether Ct
     finally:
         if main: signal.signal(signal.SIGINT, old)
 
-# %% ../nbs/08_reinforce.ipynb #f29c4e3e
+# %% ../nbs/08_reinforce.ipynb #3017565e
 def check_run(run: Run, resume: bool) -> None:
     "Everything that can be wrong before the first token is sampled, said in one line each"
     c, size = run.config, world()[1]
@@ -485,7 +485,7 @@ def check_prompts(run: Run) -> None:
     texts = [render(run.task, e, run.tokenizer) for e in run.train + run.validation]
     check_room(encode(run.tokenizer, texts, eos_ids(run.model, run.tokenizer)), run.config.max_new_tokens or run.task.max_new_tokens, run.model)
 
-# %% ../nbs/08_reinforce.ipynb #7a68ddc1
+# %% ../nbs/08_reinforce.ipynb #18e6d51c
 def start(run: Run, resume: bool, eval_fn: Callable | None) -> None:
     "Check, then measure the untouched model or pick up where a run was left; only now is the folder made"
     check_run(run, resume)
@@ -498,7 +498,7 @@ def start(run: Run, resume: bool, eval_fn: Callable | None) -> None:
     if run.out is not None and not world()[0]: run.out.mkdir(parents=True, exist_ok=True)
     save_metrics(run); save_state(run)
 
-# %% ../nbs/08_reinforce.ipynb #7d04731f
+# %% ../nbs/08_reinforce.ipynb #f3819388
 def one_step(run: Run, gradient: Callable, eval_fn: Callable | None) -> dict: # metrics
     "Gradient, update, validation when it is due, and everything written down"
     c, began = run.config, time.perf_counter()
@@ -527,7 +527,7 @@ def loop(run: Run, gradient: Callable, eval_fn: Callable | None, bar: tqdm) -> s
             if run.step < c.steps and interrupted(): return "interrupted"
     return "all steps done"
 
-# %% ../nbs/08_reinforce.ipynb #0ed02ce3
+# %% ../nbs/08_reinforce.ipynb #51df05ae
 def summary(m: dict) -> str:
     "What the progress bar shows"
     shown = dict(reward="{:+.2f}", accuracy="{:.0%}", nll="{:.3f}", kl="{:.3f}", grad_norm="{:.2g}", val_accuracy="{:.0%}")
@@ -543,7 +543,7 @@ def scalar_writer(run: Run) -> Callable: # called with each step's metrics
         events.flush()
     return log
 
-# %% ../nbs/08_reinforce.ipynb #7d07e74b
+# %% ../nbs/08_reinforce.ipynb #7f2e0d1c
 @dataclass
 class History:
     "What a run has to tell"
@@ -569,7 +569,7 @@ def plot_history(history: History, ax=None):
     ax.set(xlabel="step", ylabel="mean reward"); ax.legend(frameon=False, fontsize=8)
     return ax
 
-# %% ../nbs/08_reinforce.ipynb #9af15380
+# %% ../nbs/08_reinforce.ipynb #2a5d23f7
 def record(run: Run, stopped: str, items: list): # an evaluate.Result
     "The validation of the kept z as room 07 would write it, with the story of the run beside it"
     c, (samples, temperature) = run.config, val_plan(run.config, len(run.validation))
@@ -581,7 +581,7 @@ def record(run: Run, stopped: str, items: list): # an evaluate.Result
                  peak_memory_mb=peak_memory(inner(run.model).device), processes=world()[1])
     return make_result([dict(id=item_id(i["prompt"], i["gold"])) | i for i in items], settings | dict(training=training), facts)
 
-# %% ../nbs/08_reinforce.ipynb #34ead725
+# %% ../nbs/08_reinforce.ipynb #3175d383
 def finish(run: Run, stopped: str) -> History:
     "Keep the best z in the model, write both checkpoints, and answer the validation prompts once more for the record"
     save_adapter(run, run.best)
@@ -597,7 +597,7 @@ def finish(run: Run, stopped: str) -> History:
         save(result, run.out)
     return history
 
-# %% ../nbs/08_reinforce.ipynb #b9a6c585
+# %% ../nbs/08_reinforce.ipynb #8d192ee5
 def go(run: Run, gradient: Callable, resume: bool, eval_fn: Callable | None, progress: bool) -> History:
     "The whole run, whatever its gradient"
     start(run, resume, eval_fn)
@@ -614,7 +614,7 @@ def go(run: Run, gradient: Callable, resume: bool, eval_fn: Callable | None, pro
     if stopped != "interrupted": return history
     raise KeyboardInterrupt(f"stopped after step {run.step} of {run.config.steps}" + (f"; resume the run in {run.out} to go on" if run.out else ""))
 
-# %% ../nbs/08_reinforce.ipynb #8d383f5c
+# %% ../nbs/08_reinforce.ipynb #a2e61b36
 def train_expert(model: nn.Module,                  # a PEFT model with one active adapter to train; it carries the best z afterwards
                  tokenizer,
                  task: Task,                        # with splits "train" and "validation"
@@ -627,7 +627,7 @@ def train_expert(model: nn.Module,                  # a PEFT model with one acti
     "Train an adapter by REINFORCE with a KL term to its base (paper, section 3.2)"
     return go(begin(model, tokenizer, task, config, out), policy_step, resume, eval_fn, progress)
 
-# %% ../nbs/08_reinforce.ipynb #01a4c54c
+# %% ../nbs/08_reinforce.ipynb #32e6f067
 def gold_batch(run: Run, rows: list) -> tuple[torch.Tensor, torch.Tensor, int]: # ids (B, P+T), mask (B, P+T), P
     "Prompts and their gold answers, laid out as a rollout would be"
     eos, pad, tok, device = eos_ids(run.model, run.tokenizer), pad_id(run.model, run.tokenizer), run.tokenizer, inner(run.model).device

@@ -8,10 +8,10 @@ __all__ = ['PR_SET_PDEATHSIG', 'PR_SET_DUMPABLE', 'PR_SET_SECCOMP', 'PR_SET_NO_N
            'MS_REC', 'MS_PRIVATE', 'MNT_DETACH', 'encode', 'decode', 'Remote', 'ProgramGone', 'Outcome', 'isolation',
            'protections', 'run_program', 'run_many']
 
-# %% ../nbs/03_sandbox.ipynb #6dbf2b36
+# %% ../nbs/03_sandbox.ipynb #485e1ca6
 import builtins, ctypes, json, operator, os, select, signal, sys, time, types
 
-# %% ../nbs/03_sandbox.ipynb #e8aefe56
+# %% ../nbs/03_sandbox.ipynb #2a1bb7fb
 def encode(x, handle=None):
     "A JSON form of plain data that keeps types apart; anything else becomes a handle made by `handle(x)`."
     if x is None or type(x) in (bool, int, float, str): return x
@@ -27,7 +27,7 @@ def encode(x, handle=None):
     if handle is None: raise TypeError(f"{type(x).__name__} cannot cross the wall")
     return ["handle", handle(x)]
 
-# %% ../nbs/03_sandbox.ipynb #b70e4483
+# %% ../nbs/03_sandbox.ipynb #5720f3d0
 _CONTAINERS = [("list", list, iter), ("tuple", tuple, iter), ("frozenset", frozenset, iter), ("set", set, iter),
                ("set", type({}.keys()), iter), ("set", type({}.items()), iter), ("dict", dict, lambda d: [p for kv in d.items() for p in kv])]
 _TEXTS = [("bytes", bytes, bytes.hex), ("bytearray", bytearray, bytearray.hex), ("complex", complex, str),
@@ -36,7 +36,7 @@ _STDLIB = {("fractions", "Fraction"): str, ("decimal", "Decimal"): str, ("dateti
            ("datetime", "datetime"): lambda d: d.isoformat(), ("datetime", "timedelta"): lambda d: str(((d.days * 86400 + d.seconds) * 10**6) + d.microseconds),
            ("collections", "deque"): lambda d: json.dumps(encode(list(d)))}
 
-# %% ../nbs/03_sandbox.ipynb #bb637521
+# %% ../nbs/03_sandbox.ipynb #d7dc4cd7
 def decode(j, handle=None):
     "The inverse of `encode`; `handle(k)` turns a handle into an object."
     if not isinstance(j, list): return j
@@ -50,7 +50,7 @@ def decode(j, handle=None):
     if tag == "range": return range(*map(int, body.split(",")))
     return _rebuild(tag, body)
 
-# %% ../nbs/03_sandbox.ipynb #bb457496
+# %% ../nbs/03_sandbox.ipynb #c2a5deca
 def _rebuild(tag, text):
     "A value of the standard library from its text; the modules are imported only when such a value arrives."
     import collections, datetime, decimal, fractions
@@ -59,7 +59,7 @@ def _rebuild(tag, text):
     if tag in ("date", "time", "datetime"): return getattr(datetime, tag).fromisoformat(text)
     return dict(Fraction=fractions.Fraction, Decimal=decimal.Decimal)[tag](text)
 
-# %% ../nbs/03_sandbox.ipynb #04c74249
+# %% ../nbs/03_sandbox.ipynb #feaa551f
 class Remote:
     "An object that lives in the program's process; what tests do with it is done there."
     def __init__(self, ask, key): self.__dict__.update(_ask=ask, _key=key)
@@ -78,25 +78,25 @@ class Remote:
     def __eq__(self, other): return isinstance(other, Remote) and other._key == self._key
     def __hash__(self): return hash(self._key)
 
-# %% ../nbs/03_sandbox.ipynb #7124dabb
+# %% ../nbs/03_sandbox.ipynb #abe1058b
 _OPS = dict(call=lambda f, *a, **k: f(*a, **k), getattr=getattr, setattr=setattr, iter=iter, next=next, len=len, str=str, repr=repr,
             getitem=operator.getitem, setitem=operator.setitem, contains=operator.contains)
 
-# %% ../nbs/03_sandbox.ipynb #0a9295ba
+# %% ../nbs/03_sandbox.ipynb #3f154160
 def _send(fd, msg): _send_bytes(fd, json.dumps(msg).encode())
 
 def _send_bytes(fd, data):
     view = memoryview(len(data).to_bytes(8, "big") + data)
     while view: view = view[os.write(fd, view):]
 
-# %% ../nbs/03_sandbox.ipynb #7eeca20d
+# %% ../nbs/03_sandbox.ipynb #7defa275
 def _ready(fds, seconds):
     "Those of `fds` that can be read without waiting, after at most `seconds`."
     poll = select.poll()
     for fd in fds: poll.register(fd, select.POLLIN)
     return [fd for fd, _ in poll.poll(max(0, seconds) * 1000)]
 
-# %% ../nbs/03_sandbox.ipynb #ffd3c004
+# %% ../nbs/03_sandbox.ipynb #c238e4cb
 def _recv(fd, deadline=None, limit=64 << 20):
     "One message, or None when the other side is gone; TimeoutError at the deadline (time.monotonic)."
     def exactly(n):
@@ -113,7 +113,7 @@ def _recv(fd, deadline=None, limit=64 << 20):
     body = exactly(n)
     return None if body is None else json.loads(body)
 
-# %% ../nbs/03_sandbox.ipynb #6240d3e5
+# %% ../nbs/03_sandbox.ipynb #43819755
 def _serve(rx, tx, main):
     "In the program's process: load the program, then do what the judge asks until it hangs up."
     kept, module = [], types.ModuleType("__main__" if main else "program")
@@ -135,16 +135,16 @@ def _serve(rx, tx, main):
         _flush()
         _send(tx, reply)
 
-# %% ../nbs/03_sandbox.ipynb #9fa04d0e
+# %% ../nbs/03_sandbox.ipynb #015ad7a2
 def _flush():
     for s in (sys.stdout, sys.stderr):
         try: s.flush()
         except Exception: pass
 
-# %% ../nbs/03_sandbox.ipynb #54cde705
+# %% ../nbs/03_sandbox.ipynb #02273378
 class ProgramGone(Exception): "The program's process ended without an answer, or said why it cannot answer."
 
-# %% ../nbs/03_sandbox.ipynb #a74ea598
+# %% ../nbs/03_sandbox.ipynb #bf4c76d9
 def _asker(tx, rx, deadline):
     "ask(op, *args, **kwargs) -> value: do `op` in the program's process."
     handle = lambda k: Remote(ask, k)
@@ -164,23 +164,23 @@ def _asker(tx, rx, deadline):
     def lookup(name): found = exchange("global", name, None)[0]; return None if found is None else (decode(found[0], handle),)
     return ask, load, lookup
 
-# %% ../nbs/03_sandbox.ipynb #0ff1efb1
+# %% ../nbs/03_sandbox.ipynb #a02c62de
 def _refuse(x): raise TypeError(f"tests cannot pass a {type(x).__name__} to the program")
 
-# %% ../nbs/03_sandbox.ipynb #5ebdb888
+# %% ../nbs/03_sandbox.ipynb #8ad9207d
 def _exception(name, text):
     "The judge's own exception of that name; a class of the program's own arrives as RuntimeError."
     kind = getattr(builtins, name, None)
     ok = isinstance(kind, type) and issubclass(kind, Exception) and kind not in (UnicodeDecodeError, UnicodeEncodeError, UnicodeTranslateError)
     return kind(text) if ok else RuntimeError(f"{name}: {text}")
 
-# %% ../nbs/03_sandbox.ipynb #7740f44a
+# %% ../nbs/03_sandbox.ipynb #aaa93890
 def _overwrite(old, new):
     "Give the judge's list, dict, set or bytearray the contents that the call left in the program's copy."
     if isinstance(old, (list, bytearray)): old[:] = new
     elif isinstance(old, (dict, set)): old.clear(); old.update(new)
 
-# %% ../nbs/03_sandbox.ipynb #566beffb
+# %% ../nbs/03_sandbox.ipynb #2cfc60c4
 def _free_names(tests):
     "Names that the tests read, less those they assign anywhere and those Python defines; none if they do not parse."
     import ast
@@ -194,7 +194,7 @@ def _free_names(tests):
         elif isinstance(n, ast.ExceptHandler) and n.name: bound.add(n.name)
     return sorted({n.id for n in names} - bound - set(dir(builtins)))
 
-# %% ../nbs/03_sandbox.ipynb #acf57d4b
+# %% ../nbs/03_sandbox.ipynb #28d7168c
 def _run_tests(job, tx, rx, deadline):
     "Load the program, run the tests against it; (status, detail)."
     ask, load, lookup = _asker(tx, rx, deadline)
@@ -211,7 +211,7 @@ def _run_tests(job, tx, rx, deadline):
     except BaseException as e: return "fail", _where(e, job["tests"])
     return "pass", "every test passed" if job["tests"].strip() else "ran to its end; there were no tests"
 
-# %% ../nbs/03_sandbox.ipynb #fbdb55c7
+# %% ../nbs/03_sandbox.ipynb #548aefc8
 def _where(e, tests):
     "The exception and the last line of the tests that it passed through."
     import traceback
@@ -220,12 +220,12 @@ def _where(e, tests):
     text = f"{type(e).__name__}: {e}" if str(e) else type(e).__name__
     return f"{text} at `{line[:200]}`" if line else text
 
-# %% ../nbs/03_sandbox.ipynb #14d2be75
+# %% ../nbs/03_sandbox.ipynb #a5c32c7e
 _LIBC = ctypes.CDLL(None, use_errno=True) if sys.platform == "linux" else None
 _MACHINE = os.uname().machine if hasattr(os, "uname") else None
 _ARCH = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}.get(_MACHINE)
 
-# %% ../nbs/03_sandbox.ipynb #7a835c7c
+# %% ../nbs/03_sandbox.ipynb #259201a7
 def _sys(name, *args):
     "Call libc's `name`, or a system call by number; OSError names it."
     if isinstance(name, int): r = _LIBC.syscall(ctypes.c_long(name), *args)
@@ -233,11 +233,11 @@ def _sys(name, *args):
     if r < 0: raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), str(name))
     return r
 
-# %% ../nbs/03_sandbox.ipynb #c85ce737
+# %% ../nbs/03_sandbox.ipynb #a5514821
 PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_SET_SECCOMP, PR_SET_NO_NEW_PRIVS = 1, 4, 22, 38
 def _prctl(option, value=1): _sys("prctl", option, ctypes.c_ulong(value), ctypes.c_ulong(0), ctypes.c_ulong(0), ctypes.c_ulong(0))
 
-# %% ../nbs/03_sandbox.ipynb #e95beeef
+# %% ../nbs/03_sandbox.ipynb #43b2c862
 CLONE_NEWNS, CLONE_NEWUTS, CLONE_NEWIPC, CLONE_NEWUSER, CLONE_NEWPID, CLONE_NEWNET = 0x20000, 0x4000000, 0x8000000, 0x10000000, 0x20000000, 0x40000000
 
 def _enter_namespaces():
@@ -249,20 +249,20 @@ def _enter_namespaces():
     for name, text in (("setgroups", "deny"), ("uid_map", f"{uid} {uid} 1"), ("gid_map", f"{gid} {gid} 1")):
         with open(f"/proc/self/{name}", "w") as f: f.write(text)
 
-# %% ../nbs/03_sandbox.ipynb #b039231b
+# %% ../nbs/03_sandbox.ipynb #e5079cfb
 MS_NOSUID, MS_NODEV, MS_BIND, MS_REC, MS_PRIVATE, MNT_DETACH = 2, 4, 4096, 16384, 1 << 18, 2
 
 def _mount(src, dst, kind, flags, data=None):
     enc = lambda s: None if s is None else os.fsencode(s)
     _sys("mount", enc(src), enc(dst), enc(kind), ctypes.c_ulong(flags), enc(data))
 
-# %% ../nbs/03_sandbox.ipynb #15e456d6
+# %% ../nbs/03_sandbox.ipynb #f4bac5ee
 def _read_only(path):
     "mount_setattr(2): read-only, no set-uid, no devices, for the mount at `path` and all below it."
     attr = (ctypes.c_uint64 * 4)(1 | 2 | (0 if path.startswith("/dev") or "/dev/" in path else 4), 0, 0, 0)
     _sys(442, -100, os.fsencode(path), 0x8000, ctypes.byref(attr), ctypes.c_size_t(32))
 
-# %% ../nbs/03_sandbox.ipynb #4cb3d60f
+# %% ../nbs/03_sandbox.ipynb #026090ed
 def _new_root(folder, readable, disk_mb):
     "Make `folder` a memory disk that holds `readable` (read-only), /box and /tmp, and make it the root directory."
     _mount(None, "/", None, MS_REC | MS_PRIVATE)
@@ -280,7 +280,7 @@ def _new_root(folder, readable, disk_mb):
     _sys("umount2", b".", MNT_DETACH)                            # and the old one is taken away
     os.chdir("/box")
 
-# %% ../nbs/03_sandbox.ipynb #192eae2a
+# %% ../nbs/03_sandbox.ipynb #bffabf5c
 def _site_dirs(): return [p for p in sys.path if p.endswith(("site-packages", "dist-packages")) and os.path.isdir(p)]
 
 def _readable():
@@ -292,7 +292,7 @@ def _readable():
         if not any(p.startswith(q + "/") for q in out): out.append(p)
     return out
 
-# %% ../nbs/03_sandbox.ipynb #099b3ced
+# %% ../nbs/03_sandbox.ipynb #d08618ed
 _CALLS = dict(zip(("x86_64", "aarch64"), (dict(
     ptrace=101, process_vm_readv=310, process_vm_writev=311, mount=165, umount2=166, pivot_root=155, chroot=161, unshare=272, setns=308, bpf=321,
     perf_event_open=298, keyctl=250, add_key=248, request_key=249, userfaultfd=323, open_by_handle_at=304, socket=41, shmget=29, msgget=68, semget=64,
@@ -303,16 +303,16 @@ _CALLS = dict(zip(("x86_64", "aarch64"), (dict(
     mq_open=180, memfd_create=279, rt_sigqueueinfo=138, rt_tgsigqueueinfo=240, kexec_load=104, init_module=105, finit_module=273,
     kill=129, tkill=130, tgkill=131, prlimit64=261, prctl=167, clone=220, setsid=157, setpgid=154))))
 
-# %% ../nbs/03_sandbox.ipynb #048334ea
+# %% ../nbs/03_sandbox.ipynb #cd196c80
 for _c in _CALLS.values():                                       # numbered alike everywhere
     _c.update(pidfd_send_signal=424, io_uring_setup=425, io_uring_enter=426, io_uring_register=427, open_tree=428, move_mount=429, fsopen=430,
               fsconfig=431, fsmount=432, pidfd_open=434, clone3=435, pidfd_getfd=438, mount_setattr=442)
 
-# %% ../nbs/03_sandbox.ipynb #1007ba2f
+# %% ../nbs/03_sandbox.ipynb #794ed384
 _NEW_THREAD, _NEW_ANY, _ALLOW, _EPERM, _ENOSYS = 0x10000, 0x7E020000, 0x7FFF0000, 0x50001, 0x50026
 _ALONE = ("fork", "vfork", "setsid", "setpgid", "kill", "tkill", "tgkill")     # only without a process table of its own
 
-# %% ../nbs/03_sandbox.ipynb #f0f874f1
+# %% ../nbs/03_sandbox.ipynb #d4aba875
 def _filter(alone: bool,  # no process table of its own: refuse new processes and signals to others
             pid: int,     # the process that will run under the filter
            ) -> list:     # (code, jump if true, jump if false, k): classic BPF
@@ -332,12 +332,12 @@ def _filter(alone: bool,  # no process table of its own: refuse new processes an
         prog += [(JEQ, 0, len(body), nr), *body]
     return prog + [(RET, 0, 0, _ALLOW)]
 
-# %% ../nbs/03_sandbox.ipynb #71b9afe1
+# %% ../nbs/03_sandbox.ipynb #a84dfd7e
 def _either(JEQ, RET, values):
     "Allow when the loaded word is one of `values`, else EPERM."
     return [i for v in sorted(values) for i in ((JEQ, 0, 1, v), (RET, 0, 0, _ALLOW))] + [(RET, 0, 0, _EPERM)]
 
-# %% ../nbs/03_sandbox.ipynb #df159c29
+# %% ../nbs/03_sandbox.ipynb #38e7eb38
 def _seccomp(prog):
     "Install the filter for this process and all its children, for good."
     class Insn(ctypes.Structure): _fields_ = [("code", ctypes.c_uint16), ("jt", ctypes.c_uint8), ("jf", ctypes.c_uint8), ("k", ctypes.c_uint32)]
@@ -346,13 +346,13 @@ def _seccomp(prog):
     fprog = Prog(len(prog), insns)
     _sys("prctl", PR_SET_SECCOMP, ctypes.c_ulong(2), ctypes.byref(fprog), ctypes.c_ulong(0), ctypes.c_ulong(0))
 
-# %% ../nbs/03_sandbox.ipynb #9a079a8c
+# %% ../nbs/03_sandbox.ipynb #cc5eebc4
 def _landlock_abi(): 
     "Landlock's version here, 0 where there is none."
     if _LIBC is None: return 0
     return max(0, _LIBC.syscall(ctypes.c_long(444), None, ctypes.c_size_t(0), ctypes.c_uint32(1)))
 
-# %% ../nbs/03_sandbox.ipynb #09582cf1
+# %% ../nbs/03_sandbox.ipynb #a6614cb3
 def _landlock(readable, writable):
     "From now on this process reads `readable`, writes `writable`, and touches no other file."
     abi = _landlock_abi()
@@ -369,7 +369,7 @@ def _landlock(readable, writable):
     _sys(446, rules, ctypes.c_uint32(0))
     os.close(rules)
 
-# %% ../nbs/03_sandbox.ipynb #2aeac7a3
+# %% ../nbs/03_sandbox.ipynb #a916a3dd
 def _drop_root(folder, judge):
     "Become a user number used by nobody else (65534 where the system knows fewer numbers)."
     for uid in ((1 << 30) + judge, 65534):
@@ -377,12 +377,12 @@ def _drop_root(folder, judge):
         except OSError as e: error = e
     raise error
 
-# %% ../nbs/03_sandbox.ipynb #0bb35ce5
+# %% ../nbs/03_sandbox.ipynb #e04ac763
 def _drop_capabilities():
     header, none = (ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)()
     _sys("capset", ctypes.byref(header), ctypes.byref(none))
 
-# %% ../nbs/03_sandbox.ipynb #861675f3
+# %% ../nbs/03_sandbox.ipynb #e34fd9b0
 def _limit(cfg, processes):
     "Resource limits, soft and hard, of this process and its children."
     import resource as R
@@ -395,7 +395,7 @@ def _limit(cfg, processes):
         except (ValueError, OSError):
             if sys.platform == "linux": raise                    # macOS refuses RLIMIT_AS
 
-# %% ../nbs/03_sandbox.ipynb #0302edf5
+# %% ../nbs/03_sandbox.ipynb #f0d0f4e5
 def _confine(cfg, rx, tx):
     "In a fork of the judge: put up the walls that `cfg['isolation']` names, then serve."
     mode, linux, judge = cfg["isolation"], sys.platform == "linux", os.getppid()
@@ -421,7 +421,7 @@ def _confine(cfg, rx, tx):
     _send(tx, ["ready", None])
     _serve(rx, tx, cfg["main"])
 
-# %% ../nbs/03_sandbox.ipynb #f3051aaa
+# %% ../nbs/03_sandbox.ipynb #6e605a3f
 def _only_these(rx, tx):
     "Close every file but output and the two pipes; standard input is empty."
     null = os.open(os.devnull, os.O_RDWR)
@@ -431,14 +431,14 @@ def _only_these(rx, tx):
     os.closerange(5, 1 << 12)
     return 3, 4
 
-# %% ../nbs/03_sandbox.ipynb #da311400
+# %% ../nbs/03_sandbox.ipynb #7b7b9bfe
 def _wait_for(pid, *close):
     "The process between judge and program: wait, and end the same way."
     for fd in close: os.close(fd)
     status = os.waitpid(pid, 0)[1]
     os._exit(128 + os.WTERMSIG(status) if os.WIFSIGNALED(status) else os.WEXITSTATUS(status))
 
-# %% ../nbs/03_sandbox.ipynb #d3232cdf
+# %% ../nbs/03_sandbox.ipynb #8f7e3e0e
 def _give_up_privileges(cfg):
     "No root, no capabilities, no way to regain them; without namespaces, the files that Landlock leaves."
     if os.geteuid() == 0 and cfg["drop_root"]: _drop_root("/box" if cfg["isolation"] == "namespaces" else cfg["folder"], cfg["judge"])
@@ -447,7 +447,7 @@ def _give_up_privileges(cfg):
     _prctl(PR_SET_DUMPABLE, 1)
     if cfg["landlock"]: _landlock(cfg["readable"], [cfg["folder"]])
 
-# %% ../nbs/03_sandbox.ipynb #d1bfe642
+# %% ../nbs/03_sandbox.ipynb #6b79e016
 def _judge(out):
     "Entry point of the judge's interpreter: instructions and job on descriptor 0, verdict on descriptor `out`."
     if hasattr(sys, "set_int_max_str_digits"): sys.set_int_max_str_digits(0)
@@ -464,12 +464,12 @@ def _judge(out):
     verdict = dict(status="unconfined", detail=walls) if walls else _verdict(to_program, from_program, program, child)
     os.write(out, json.dumps(verdict).encode())
 
-# %% ../nbs/03_sandbox.ipynb #f9fc7f73
+# %% ../nbs/03_sandbox.ipynb #c408d97f
 def _give_reason(e, tx):
     try: _send(tx, ["failed", f"{type(e).__name__}: {e}"])
     except BaseException: pass
 
-# %% ../nbs/03_sandbox.ipynb #ae2246fe
+# %% ../nbs/03_sandbox.ipynb #d9c2bc36
 def _await_ready(fd):
     "Wait until the walls stand: (None or what failed, the process whose death ends the program). The two messages may come in either order."
     got = {}
@@ -479,7 +479,7 @@ def _await_ready(fd):
         got[kind] = body
     return None, got["pid"]
 
-# %% ../nbs/03_sandbox.ipynb #ded82a2d
+# %% ../nbs/03_sandbox.ipynb #0a9d0d8a
 def _verdict(to_program, from_program, program, child):
     "Read the job, run it, end the program; a dict of status and detail."
     job = _recv(0)
@@ -493,7 +493,7 @@ def _verdict(to_program, from_program, program, child):
     if "SIGXCPU" in detail: status = "timeout"
     return dict(status=status, detail=detail)
 
-# %% ../nbs/03_sandbox.ipynb #63659076
+# %% ../nbs/03_sandbox.ipynb #865c1e16
 def _how_it_ended(child, program):
     "Why the program's process stopped answering; it gets a second to end by itself."
     for _ in range(100):
@@ -505,7 +505,7 @@ def _how_it_ended(child, program):
     code = os.WTERMSIG(got[1]) + 128 if os.WIFSIGNALED(got[1]) else os.WEXITSTATUS(got[1])
     return f"the program was killed by {signal.Signals(code - 128).name}" if code > 128 else f"the program left with status {code} before the tests ended"
 
-# %% ../nbs/03_sandbox.ipynb #253befe0
+# %% ../nbs/03_sandbox.ipynb #8e677e8d
 class Outcome(types.SimpleNamespace):
     "What became of one program."
     status: str        # "pass"; "fail": a test failed; "error": it did not load, crashed or left; "timeout"
@@ -517,7 +517,7 @@ class Outcome(types.SimpleNamespace):
     @property
     def passed(self): return self.status == "pass"
 
-# %% ../nbs/03_sandbox.ipynb #113dddd5
+# %% ../nbs/03_sandbox.ipynb #8b7b1d15
 def _protections(isolation):
     "What is in force under `isolation`: name -> how, or None."
     ns, filters, root = isolation == "namespaces", isolation == "filters", hasattr(os, "geteuid") and os.geteuid() == 0
@@ -532,7 +532,7 @@ def _protections(isolation):
         cpu="limited", environment="empty", verdict="decided in another process",
         privileges="none" if sys.platform == "linux" and (ns or not root or own_uid) else None)
 
-# %% ../nbs/03_sandbox.ipynb #f6ab0435
+# %% ../nbs/03_sandbox.ipynb #48198c01
 def _others_may_read():
     "Whether a user number without rights could read Python's own files where they are."
     from pathlib import Path
@@ -540,7 +540,7 @@ def _others_may_read():
     folders = {q for p in (*_readable(), gettempdir()) if os.path.isdir(p) for q in (Path(p), *Path(p).parents)}
     return all(q.stat().st_mode & 1 for q in folders)
 
-# %% ../nbs/03_sandbox.ipynb #5b0a401f
+# %% ../nbs/03_sandbox.ipynb #08483665
 _MODES = ("namespaces", "filters", "limits")
 _best = None
 
@@ -552,25 +552,25 @@ def isolation() -> str:  # "namespaces", "filters" or "limits"
         _best = next(m for m in usable if _run(m, "", "", (), 5., 256, 16, 4, 1000).status == "pass")
     return _best
 
-# %% ../nbs/03_sandbox.ipynb #b675c72c
+# %% ../nbs/03_sandbox.ipynb #b89bdf03
 def protections() -> dict:  # name -> how it is done, or None
     "What a program run here cannot do, and by which means."
     return {"isolation": isolation(), **_protections(isolation())}
 
-# %% ../nbs/03_sandbox.ipynb #d3f4b596
+# %% ../nbs/03_sandbox.ipynb #7faf47cb
 def _config(isolation, folder, cpu, memory_mb, disk_mb, processes, main):
     "The judge's instructions, made by the caller."
     drop = isolation == "namespaces" or _others_may_read()
     return dict(isolation=isolation, folder=folder, readable=_readable(), cpu=int(-(-cpu // 1)), memory_mb=memory_mb, disk_mb=disk_mb, processes=processes,
                 keepers=2 if os.geteuid() == 0 else 3, main=main, drop_root=drop, landlock=isolation == "filters" and _landlock_abi() > 0, path=_stdlib_path() + _site_dirs())
 
-# %% ../nbs/03_sandbox.ipynb #ff80789d
+# %% ../nbs/03_sandbox.ipynb #255afa62
 def _stdlib_path():
     "The folders of the standard library, without the ones that belong to the caller's project."
     lib = os.path.dirname(os.path.realpath(os.__file__))
     return [lib, os.path.join(lib, "lib-dynload")]
 
-# %% ../nbs/03_sandbox.ipynb #7e89ad8b
+# %% ../nbs/03_sandbox.ipynb #0f778eb1
 _START = """
 import os, sys, marshal, types
 m = sys.modules["sandbox"] = types.ModuleType("sandbox")
@@ -590,7 +590,7 @@ def _own_code():
 _compiled = None
 _ENV = dict(PATH="/usr/bin:/bin", LANG="C.UTF-8", PYTHONHASHSEED="0", OMP_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1")
 
-# %% ../nbs/03_sandbox.ipynb #8ff46e68
+# %% ../nbs/03_sandbox.ipynb #32e7c8c6
 def _run(isolation, program, tests, entry_points, timeout, memory_mb, disk_mb, processes, output_limit, cpu=None):
     "Start a judge, give it the job, watch it; an Outcome."
     import subprocess, tempfile
@@ -609,7 +609,7 @@ def _run(isolation, program, tests, entry_points, timeout, memory_mb, disk_mb, p
     finally: _end(judge, r, folder)
     return Outcome(status=verdict["status"], detail=verdict["detail"], output=output, seconds=time.monotonic() - start, protections=_protections(isolation))
 
-# %% ../nbs/03_sandbox.ipynb #3969698b
+# %% ../nbs/03_sandbox.ipynb #be2fb906
 def _watch(judge, r, deadline, folder, disk_mb, output_limit):
     "Collect output and verdict until the judge hangs up, time is over, or the disk is full: (verdict, output)."
     fds, got, n_cut = {judge.stdout.fileno(): bytearray(), r: bytearray()}, None, 0
@@ -631,7 +631,7 @@ def _watch(judge, r, deadline, folder, disk_mb, output_limit):
     text = out.decode("utf-8", "replace")
     return got, text + f"\n[{n_cut} bytes more]" if n_cut else text
 
-# %% ../nbs/03_sandbox.ipynb #7e3162e0
+# %% ../nbs/03_sandbox.ipynb #710447ae
 def _disk_use(folder):
     "Bytes in `folder`, links not followed; without end for a tree too deep or too wide to be looked through quickly."
     total, seen, todo = 0, 0, [(folder, 0)]
@@ -646,7 +646,7 @@ def _disk_use(folder):
         except OSError: pass
     return total
 
-# %% ../nbs/03_sandbox.ipynb #24f10a46
+# %% ../nbs/03_sandbox.ipynb #cdb18c81
 def _end(judge, r, folder):
     "Kill whatever is left, and remove the folder."
     import subprocess
@@ -657,7 +657,7 @@ def _end(judge, r, folder):
     except OSError:                                              # neither command follows a link out of the folder
         for remove in (["chmod", "-R", "u+rwx", folder], ["rm", "-rf", folder]): subprocess.run(remove, stderr=subprocess.DEVNULL)
 
-# %% ../nbs/03_sandbox.ipynb #5d843592
+# %% ../nbs/03_sandbox.ipynb #b000d106
 def run_program(program: str,               # Python source, from anyone
                 tests: str = "",            # Python source from someone you trust; "" only runs the program
                 entry_points: tuple = (),   # names that tests take from the program although Python defines them too
@@ -679,7 +679,7 @@ def run_program(program: str,               # Python source, from anyone
     if out.status == "unconfined": raise RuntimeError(f"not run: {walls!r} cannot be had on this machine: {out.detail}")
     return out
 
-# %% ../nbs/03_sandbox.ipynb #33276003
+# %% ../nbs/03_sandbox.ipynb #9bf159b5
 def run_many(jobs: list,            # dicts of `run_program`'s arguments
              workers: int = None,   # programs at a time; default: the cores this process may use
              progress: bool = True, # show a bar

@@ -5,27 +5,27 @@
 # %% auto #0
 __all__ = ['Factors', 'side_of', 'decompose', 'digest', 'fingerprint', 'cached_decompose', 'spectrum']
 
-# %% ../nbs/00_svd.ipynb #390857a3
+# %% ../nbs/00_svd.ipynb #74a5d0c0
 import hashlib, math, os, uuid
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
-# %% ../nbs/00_svd.ipynb #458c2b89
+# %% ../nbs/00_svd.ipynb #3bdd9a57
 class Factors(NamedTuple):
     "What SVF needs of a weight W (m, n): the singular basis of its smaller side, r = min(m, n)."
     Q: torch.Tensor  # (r, r) orthonormal columns: left singular vectors if side is "left", right ones if "right"
     S: torch.Tensor  # (r,) singular values, descending
     side: str        # "left" (m <= n, W' = Q diag(z) Qᵀ W) or "right" (m > n, W' = W Q diag(z) Qᵀ)
 
-# %% ../nbs/00_svd.ipynb #e8b11873
+# %% ../nbs/00_svd.ipynb #981b8662
 def side_of(shape: tuple,  # (m, n) of a weight
            ) -> str:       # the smaller side: "left" if m <= n else "right"
     "On which side of a weight of this shape its small square Q stands."
     return "left" if shape[0] <= shape[1] else "right"
 
-# %% ../nbs/00_svd.ipynb #7cd9ac8b
+# %% ../nbs/00_svd.ipynb #379db7a7
 def _check(W):
     "Raise a ValueError that says why W cannot be decomposed; return the exponent e of its largest |entry| (2^(e-1) <= |entry| < 2^e)."
     if W.ndim != 2: raise ValueError(f"a matrix (m, n) is needed, not a tensor of shape {tuple(W.shape)}")
@@ -38,14 +38,14 @@ def _check(W):
     limit = 1000 if W.dtype == torch.float64 else 120  # 2^-e must itself be a finite number
     return min(max(math.frexp(max(-low, high))[1], -limit), limit)
 
-# %% ../nbs/00_svd.ipynb #af2565ee
+# %% ../nbs/00_svd.ipynb #36b61751
 def _canonical(Q):
     "Flip the columns of Q so that the first entry within 0.1% of the column's largest magnitude is positive."
     size = Q.abs()
     first = (size >= 0.999 * size.amax(0)).to(torch.uint8).argmax(0)
     return Q * torch.where(Q.gather(0, first[None]) < 0, -1.0, 1.0).to(Q.dtype)
 
-# %% ../nbs/00_svd.ipynb #75812309
+# %% ../nbs/00_svd.ipynb #7ed9700c
 def _parts(A, dtype, exponent, columns=1024):
     "The columns of A (p, q) a few at a time, divided by 2^exponent, in `dtype`."
     wide = torch.promote_types(A.dtype, dtype)
@@ -59,7 +59,7 @@ def _gram(A, dtype, exponent):
         for j in range(step, p + step, step): G[j - step:j, :j].addmm_(part[j - step:j], part[:j].T)
     return G
 
-# %% ../nbs/00_svd.ipynb #c794eea8
+# %% ../nbs/00_svd.ipynb #fde06e7b
 def _by_gram(A, dtype, exponent=0):
     "Left singular basis (p, p) and singular values (p,) of A / 2^exponent, A (p, q), p <= q, from the eigenvectors of A Aᵀ."
     lam, Q = torch.linalg.eigh(_gram(A, dtype, exponent))
@@ -74,13 +74,13 @@ def _by_gram(A, dtype, exponent=0):
         Q = Q[:, order]
     return Q, S
 
-# %% ../nbs/00_svd.ipynb #950822d6
+# %% ../nbs/00_svd.ipynb #23504f83
 def _by_svd(A, dtype, exponent):
     "The same two from `torch.linalg.svd`: the reference."
     U, S, _ = torch.linalg.svd(torch.cat(list(_parts(A, dtype, exponent)), 1), full_matrices=False)
     return U, S
 
-# %% ../nbs/00_svd.ipynb #3db43e1e
+# %% ../nbs/00_svd.ipynb #bbca1063
 @torch.no_grad()
 def decompose(W: torch.Tensor,                     # (m, n) weight: float16, bfloat16, float32 or float64; any device, "meta" too
               method: str = "gram",                # "gram": eigenvectors of the smaller Gram matrix; "svd": torch.linalg.svd
@@ -97,7 +97,7 @@ def decompose(W: torch.Tensor,                     # (m, n) weight: float16, bfl
         Q, S = (_by_gram if method == "gram" else _by_svd)(A, dtype, exponent)
         return Factors(_canonical(Q).to(out).contiguous(), S.to(out) * 2.0 ** exponent, side)
 
-# %% ../nbs/00_svd.ipynb #c88683da
+# %% ../nbs/00_svd.ipynb #ad9911d6
 @torch.no_grad()
 def digest(W: torch.Tensor,  # any shape, dtype and device but "meta"
            size: int = 16,   # bytes of the digest
@@ -108,13 +108,13 @@ def digest(W: torch.Tensor,  # any shape, dtype and device but "meta"
     for part in W.detach().reshape(-1).split(2 ** 24): h.update(part.cpu().contiguous().view(torch.uint8).numpy())
     return h.hexdigest()
 
-# %% ../nbs/00_svd.ipynb #6cb92e81
+# %% ../nbs/00_svd.ipynb #d1491d59
 def fingerprint(W: torch.Tensor,  # a weight in any float dtype
                ) -> str:          # 16 hex digits
     "A digest of the weight rounded to bfloat16: the same for a base loaded in float32 or in bfloat16."
     return digest(W.detach().to(torch.bfloat16), size=8)
 
-# %% ../nbs/00_svd.ipynb #2e3c97ed
+# %% ../nbs/00_svd.ipynb #f9e49b8b
 def _read(path, device, **want):
     "The factors in a cache file, or None unless every recorded fact and the checksum of the contents agree."
     from safetensors import safe_open
@@ -126,7 +126,7 @@ def _read(path, device, **want):
     if meta != {**want, "checksum": digest(Q) + digest(S)}: return None
     return Factors(Q.to(device), S.to(device), want["side"])
 
-# %% ../nbs/00_svd.ipynb #9991d93d
+# %% ../nbs/00_svd.ipynb #50e10bfb
 def _write(path, F, **meta):
     "Write a cache file under a name of its own, then rename it: a reader sees the whole file or none."
     from safetensors.torch import save_file
@@ -138,7 +138,7 @@ def _write(path, F, **meta):
         os.replace(temp, path)
     finally: temp.unlink(missing_ok=True)
 
-# %% ../nbs/00_svd.ipynb #10c7eff1
+# %% ../nbs/00_svd.ipynb #79e9754f
 def cached_decompose(W: torch.Tensor,                     # (m, n) weight, as for decompose
                      cache_dir: str = None,               # folder of safetensors files, made if absent; None: no cache
                      method: str = "gram",                # as for decompose
@@ -152,7 +152,7 @@ def cached_decompose(W: torch.Tensor,                     # (m, n) weight, as fo
     if (F := _read(path, W.device, **facts)) is None: _write(path, F := decompose(W, method, dtype), **facts)
     return F
 
-# %% ../nbs/00_svd.ipynb #306ee7ce
+# %% ../nbs/00_svd.ipynb #bb050d2a
 def spectrum(W_or_S: torch.Tensor,  # (m, n) weight, or its (r,) singular values
              ax=None,               # matplotlib axes; None makes new ones
              log: bool = True,      # logarithmic vertical axis

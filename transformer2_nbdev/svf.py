@@ -6,7 +6,7 @@
 __all__ = ['Z_MIN', 'scale', 'svf_linear', 'compose', 'aq', 'aq_linear', 'gain', 'effective', 'usable', 'grad_from_square',
            'Cost', 'costs', 'is_target', 'linear_shapes', 'n_params']
 
-# %% ../nbs/01_svf.ipynb #8cd12045
+# %% ../nbs/01_svf.ipynb #acb6d15b
 import re
 from typing import NamedTuple
 
@@ -14,7 +14,7 @@ import torch
 
 from .svd import Factors, side_of
 
-# %% ../nbs/01_svf.ipynb #f169bea2
+# %% ../nbs/01_svf.ipynb #e12b2baf
 def scale(y: torch.Tensor,   # (..., r) what the frozen layer gave ("left"), or its input x ("right")
           Q: torch.Tensor,   # (r, k) orthonormal columns, in y's dtype
           z: torch.Tensor,   # (k,), or (B, 1, k) for a batch of y (B, T, r): one factor per direction
@@ -22,7 +22,7 @@ def scale(y: torch.Tensor,   # (..., r) what the frozen layer gave ("left"), or 
     "Multiply the component of y along each column of Q by its own z; z = 1 returns y."
     return y + ((y @ Q) * (z - 1).to(y.dtype)) @ Q.T
 
-# %% ../nbs/01_svf.ipynb #f52512e2
+# %% ../nbs/01_svf.ipynb #dab221d3
 def _basis(Q):
     "The matrix Q, whether it came alone or inside Factors."
     return Q.Q if isinstance(Q, Factors) else Q
@@ -38,7 +38,7 @@ def svf_linear(x: torch.Tensor,         # (..., n) input
     else: y = scale(x, _basis(Q), z) @ W.T
     return y if b is None else y + b
 
-# %% ../nbs/01_svf.ipynb #207f2d49
+# %% ../nbs/01_svf.ipynb #9375577b
 def compose(W: torch.Tensor,   # (m, n) weight; it is left as it is
             z: torch.Tensor,   # (k,)
             Q: torch.Tensor,   # (r, k) basis of W's smaller side, or Factors; its dtype is the working precision
@@ -53,7 +53,7 @@ def compose(W: torch.Tensor,   # (m, n) weight; it is left as it is
     else: delta = (Q * d) @ (Q.T @ A) if left else ((A @ Q) * d) @ Q.T
     return (W + delta).to(W.dtype)
 
-# %% ../nbs/01_svf.ipynb #aa11a3b7
+# %% ../nbs/01_svf.ipynb #55873d6a
 def aq(W: torch.Tensor,   # (m, n) weight
        Q: torch.Tensor,   # (r, r) full basis of its smaller side, or Factors
       ) -> torch.Tensor:  # (m, n) A = QᵀW (left) or WQ (right)
@@ -71,7 +71,7 @@ def aq_linear(x: torch.Tensor,         # (..., n) input
     y = ((x @ A.T) * z) @ Q.T if side_of(A.shape) == "left" else ((x @ Q) * z) @ A.T
     return y if b is None else y + b
 
-# %% ../nbs/01_svf.ipynb #a97a5497
+# %% ../nbs/01_svf.ipynb #8b7822cc
 def gain(S: torch.Tensor,   # (k,) singular values that z scales
          z: torch.Tensor,   # (..., k)
         ) -> torch.Tensor:  # (..., 1) c = ΣS / Σ S|z|; 1 where the denominator is 0
@@ -79,7 +79,7 @@ def gain(S: torch.Tensor,   # (k,) singular values that z scales
     norm = (S * z.abs()).sum(-1, keepdim=True)
     return torch.where(norm > 0, S.sum() / norm.clamp(min=torch.finfo(norm.dtype).tiny), 1.0)
 
-# %% ../nbs/01_svf.ipynb #0ee883e5
+# %% ../nbs/01_svf.ipynb #27fbf9ea
 def effective(p: torch.Tensor,                      # (..., k) what the optimizer holds
               parametrization: str = "linear",      # "linear": z = p; "sigmoid": z = sigmoid(p), as the official code
               S: torch.Tensor = None,               # (k,) singular values; needed to preserve the nuclear norm
@@ -91,7 +91,7 @@ def effective(p: torch.Tensor,                      # (..., k) what the optimize
     z = p if parametrization == "linear" else p.sigmoid()
     return gain(S, z) * z if preserve_nuclear_norm else z
 
-# %% ../nbs/01_svf.ipynb #0f78968c
+# %% ../nbs/01_svf.ipynb #f09e7b3e
 Z_MIN = 1e-3  # the smallest |z| at which dL/dz from the square keeps about three digits in float32
 
 def usable(z: torch.Tensor,  # (k,) effective z
@@ -99,7 +99,7 @@ def usable(z: torch.Tensor,  # (k,) effective z
     "Whether every |z| is large enough for `grad_from_square`."
     return bool((z.detach().abs() >= Z_MIN).all())
 
-# %% ../nbs/01_svf.ipynb #bb99c00a
+# %% ../nbs/01_svf.ipynb #d9a5fe80
 def grad_from_square(M: torch.Tensor,   # (r, r) Σ g yᵀ with y = W'x without bias (left), or Σ x (W'ᵀg)ᵀ (right)
                      Q: torch.Tensor,   # (r, k) basis in M's dtype, or Factors
                      z: torch.Tensor,   # (k,) effective z inside W'
@@ -109,7 +109,7 @@ def grad_from_square(M: torch.Tensor,   # (r, r) Σ g yᵀ with y = W'x without 
     Q = _basis(Q)
     return ((M @ Q) * Q).sum(0) / z.detach()
 
-# %% ../nbs/01_svf.ipynb #6d506383
+# %% ../nbs/01_svf.ipynb #2fb40e8e
 class Cost(NamedTuple):
     "What one form asks for, in operations and in numbers held beside the frozen weight."
     once: int      # operations per step that do not depend on the number of tokens
@@ -120,7 +120,7 @@ class Cost(NamedTuple):
     @property
     def step(self): return self.once + self.forward + self.backward
 
-# %% ../nbs/01_svf.ipynb #f53da299
+# %% ../nbs/01_svf.ipynb #e4cf4db8
 def costs(m: int, n: int,      # shape of the weight
           tokens: int,         # tokens in one optimizer step
           rank: int = None,    # SVF's rank=k; None is min(m, n)
@@ -137,7 +137,7 @@ def costs(m: int, n: int,      # shape of the weight
             "composed": Cost(4 * p * p * q, dense, 2 * dense, p * (p + q) + 2 * p * q),
             "fused": Cost(build + 2 * p * p * k, dense, dense + square, p * k + p * q + p * p)}
 
-# %% ../nbs/01_svf.ipynb #8ff60e6e
+# %% ../nbs/01_svf.ipynb #35dc2c17
 _BLOCK = dict(mlp=r"mlp|ffn?|feed_forward|block_sparse_moe|experts?|shared_expert", attention=r"\w*attn|\w*attention")
 _LEAF = dict(mlp="gate_proj|up_proj|down_proj|gate_up_proj|fc1|fc2|c_fc|w1|w2|w3|dense_h_to_4h|dense_4h_to_h",
              attention="q_proj|k_proj|v_proj|o_proj|qkv_proj|out_proj|c_attn|query_key_value")
@@ -155,7 +155,7 @@ def is_target(name: str,                    # dotted name of a linear layer
     if re.fullmatch(_ROUTER, leaf): return False
     return bool(re.search(rf"(^|\.)({_BLOCK[target_modules]})\.|(^|\.)({_LEAF[target_modules]})$", name))
 
-# %% ../nbs/01_svf.ipynb #28d93d37
+# %% ../nbs/01_svf.ipynb #561bc36f
 def linear_shapes(model: torch.nn.Module,  # any model, also one on the meta device
                  ) -> dict:                # dotted name -> (m, n) = (outputs, inputs)
     "The shapes of a model's linear layers: nn.Linear and its subclasses, and transformers' Conv1D (stored transposed)."
@@ -164,7 +164,7 @@ def linear_shapes(model: torch.nn.Module,  # any model, also one on the meta dev
         if type(mod).__name__ == "Conv1D": return tuple(mod.weight.shape)[::-1]
     return {name: s for name, mod in model.named_modules() if (s := shape(mod))}
 
-# %% ../nbs/01_svf.ipynb #372c35e3
+# %% ../nbs/01_svf.ipynb #e7cb1e6d
 def n_params(model_or_shapes,              # nn.Module (also on "meta"), dict of name -> (m, n), or a list of (m, n)
              target_modules="all-linear",  # as for is_target; a list of shapes is counted whole
              method: str = "svf",          # "svf": min(m, n) per matrix; "lora": r (m + n)

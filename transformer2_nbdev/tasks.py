@@ -9,7 +9,7 @@ __all__ = ['SOURCES', 'SYSTEM', 'SKILLS', 'TASKS', 'Verdict', 'Task', 'render', 
            'vqa_accuracy', 'judge_vqa', 'read_rows', 'Source', 'ask_code', 'ask_function', 'ask_choice', 'judge_skill',
            'register', 'get_task', 'judge_all', 'load_function', 'from_files']
 
-# %% ../nbs/04_tasks.ipynb #e9ce70c6
+# %% ../nbs/04_tasks.ipynb #9add32b0
 import ast, importlib.util, json, math, os, random, re, selectors, subprocess, sys, threading, warnings
 from dataclasses import dataclass
 from fractions import Fraction
@@ -17,10 +17,10 @@ from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, Callable
 
-# %% ../nbs/04_tasks.ipynb #eca8fd4a
+# %% ../nbs/04_tasks.ipynb #82480bb5
 from .sandbox import run_program
 
-# %% ../nbs/04_tasks.ipynb #3dd281c8
+# %% ../nbs/04_tasks.ipynb #67351438
 @dataclass
 class Verdict:
     "What one completion earned, with everything a person needs to check it by eye."
@@ -33,7 +33,7 @@ class Verdict:
 
     def __post_init__(self): self.score = float(self.correct) if self.score is None else self.score
 
-# %% ../nbs/04_tasks.ipynb #ecf595bd
+# %% ../nbs/04_tasks.ipynb #862fae26
 @dataclass
 class Task:
     "A named set of examples with a prompt for each and a verifier for any completion."
@@ -54,7 +54,7 @@ class Task:
         "The reward of one completion and the reason for it."
         return self.verify(completion, example) if self.verify else _verdict_of(self, completion, example)
 
-# %% ../nbs/04_tasks.ipynb #9bc7a35f
+# %% ../nbs/04_tasks.ipynb #10a37d51
 def _verdict_of(task, completion, example):
     "A Verdict for a task that only has a reward function: correct means a positive reward."
     r = task.reward(completion, example)
@@ -65,7 +65,7 @@ def _verdict_of(task, completion, example):
     gold = task.answer(example) if task.answer else None
     return Verdict(r, r > 0, completion.strip(), gold, f"reward function returned {r:g}")
 
-# %% ../nbs/04_tasks.ipynb #cbb47934
+# %% ../nbs/04_tasks.ipynb #5d1666db
 def render(task: "Task | str",    # a task, or a prompt already written
            example: dict = None,  # one of the task's examples; unused when `task` is a string
            tokenizer=None,        # its chat template is used when it has one
@@ -77,7 +77,7 @@ def render(task: "Task | str",    # a task, or a prompt already written
     if not getattr(tokenizer, "chat_template", None): return f"{system}\n\n{prompt}" if system else prompt
     return _strip_bos(_chat(tokenizer, prompt, system), tokenizer)
 
-# %% ../nbs/04_tasks.ipynb #71832296
+# %% ../nbs/04_tasks.ipynb #57826e57
 def _chat(tokenizer, prompt, system):
     "Apply the chat template; a template without a system role gets the system text in the user's message."
     chat = lambda msgs: tokenizer.apply_chat_template(msgs, tokenize=False, add_generation_prompt=True)
@@ -89,18 +89,18 @@ def _chat(tokenizer, prompt, system):
         text = ""
     return text if system.strip() in text else chat([dict(role="user", content=f"{system}\n\n{prompt}")])
 
-# %% ../nbs/04_tasks.ipynb #da6ffc10
+# %% ../nbs/04_tasks.ipynb #c12720b7
 def _strip_bos(text, tokenizer):
     "Templates write the BOS token and tokenizers add it again: drop the written one when the tokenizer adds its own."
     bos = tokenizer.bos_token
     adds = bos is not None and list(tokenizer("x")["input_ids"][:1]) == [tokenizer.bos_token_id]
     return text[len(bos):] if adds and text.startswith(bos) else text
 
-# %% ../nbs/04_tasks.ipynb #8a7c20f3
+# %% ../nbs/04_tasks.ipynb #aa0c80c9
 _END = re.compile(r"<\|(?:im_end|endoftext|eot_id|end_of_text|end|im_start|start_header_id)\|>|</s>|<eos>|<end_of_turn>|\[INST\]")
 _NEXT = re.compile(r"\n\s*(?:[*#]+\s*)?(?:Question|QUESTION|Q|Problem|Instruction|User|Human)\s*\d*\s*\**\s*:")
 
-# %% ../nbs/04_tasks.ipynb #de64f17d
+# %% ../nbs/04_tasks.ipynb #6265a583
 def answer_region(text: str) -> str:
     "The part of a completion that is an answer: after the thinking, before an end token or the next, invented question."
     text = text.rsplit("</think>", 1)[-1]
@@ -108,13 +108,13 @@ def answer_region(text: str) -> str:
     cut = next((m.start() for m in _NEXT.finditer(text) if re.search(r"[\w\d]", text[:m.start()])), len(text))
     return text[:cut].strip()
 
-# %% ../nbs/04_tasks.ipynb #e5c4b7e2
+# %% ../nbs/04_tasks.ipynb #01e2d5d5
 _NUMBER = re.compile(r"(?P<sign>(?<![\w)\]}.%$])[-\u2212])?(?:(?:US|C|A)?[$€£¥₹]\s*(?P<sign2>[-\u2212])?\s*)?"
                      r"(?<![A-Za-z_^\d])(?P<int>\d{1,3}(?:,\d{2,3})*,\d{3}(?!\d)|\d+)?(?P<frac>(?<![A-Za-z])\.\d+)?(?P<exp>[eE][+-]?\d{1,3}(?![\w.]))?"
                      r"(?:(?<=\d)/(?P<den>\d{1,15})(?![\d/.]))?(?:\s*(?P<scale>thousand|million|billion)\b)?", re.I)
 _SCALE = dict(thousand=10**3, million=10**6, billion=10**9)
 
-# %% ../nbs/04_tasks.ipynb #7f4765a5
+# %% ../nbs/04_tasks.ipynb #c2855001
 def numbers(text: str) -> list:  # of (Fraction, start, end)
     "Every number of `text`, whole."
     out = []
@@ -127,25 +127,25 @@ def numbers(text: str) -> list:  # of (Fraction, start, end)
         out.append((-x if m["sign"] or m["sign2"] else x, m.start(), m.end()))
     return out
 
-# %% ../nbs/04_tasks.ipynb #815fdeb7
+# %% ../nbs/04_tasks.ipynb #3fc83d48
 _PLAIN = [(r"<<[^<>\n]*>>", ""), (r"\{,\}", ","), (r"\\!", ""), (r"(?<=\d)\\[,;: ](?=\d)|(?<=\d)[\u00a0\u2009\u202f](?=\d{3})", ""), (r"\\([$%])", r"\1"),
           (r"\\(?:text|mathrm|mathbf|textbf)\s*\{([^{}]*)\}", r"\1"), (r"(?<=\d)\s*\\[dt]?frac\{(\d+)\}\{(\d+)\}", r" \1/\2"),
           (r"\\[dt]?frac\{(-?\d+)\}\{(\d+)\}", r"\1/\2"), (r"\\[()\[\]]", " "), (r"\*\*|__|`", ""),
           (r"(?<![\d./])(\d{1,9}) (\d{1,9})/(\d{1,9})(?![\d/])", lambda m: f"{int(m[1]) * int(m[3]) + int(m[2])}/{m[3]}")]
 
-# %% ../nbs/04_tasks.ipynb #768c1cac
+# %% ../nbs/04_tasks.ipynb #e08f4244
 def _plain(text):
     "Take away what stands between a reader and a number: calculator notes, markdown, LaTeX; 3 1/2 becomes 7/2."
     for pattern, new in _PLAIN: text = re.sub(pattern, new, text)
     return text
 
-# %% ../nbs/04_tasks.ipynb #173b538a
+# %% ../nbs/04_tasks.ipynb #cc45f32e
 def _said(segment):
     "The number that a phrase states: the last one after its last equals sign."
     found = numbers(segment.rsplit("=", 1)[-1]) or numbers(segment)
     return found[-1][0] if found else None
 
-# %% ../nbs/04_tasks.ipynb #f089d91d
+# %% ../nbs/04_tasks.ipynb #74544d2c
 def _hash_mark(text):
     "GSM8K's own `#### 18`: the first that is not a markdown heading."
     for m in re.finditer(r"####\s*([^\n]*)", text):
@@ -153,7 +153,7 @@ def _hash_mark(text):
         states = re.match(r"[^A-Za-z]*\d", line) and not re.match(r"\d+[.):]\s+[A-Za-z]", line) or "answer" in line.lower() or not text[m.end():].strip()
         if not re.match(r"(?i)\W*step\b", line) and states and (x := _said(line)) is not None: return x
 
-# %% ../nbs/04_tasks.ipynb #aea44a27
+# %% ../nbs/04_tasks.ipynb #22076945
 def boxed(text: str) -> str:  # None when there is no box
     r"The contents of the last `\boxed{}` (or `\fbox{}`) with its braces balanced."
     open_braces, best = [], (-1, None)
@@ -165,10 +165,10 @@ def boxed(text: str) -> str:  # None when there is no box
     bare = re.findall(r"\\boxed\s+([^\s$.,{]+)", text)
     return best[1] if best[1] is not None else bare[-1] if bare else None
 
-# %% ../nbs/04_tasks.ipynb #b2cd0663
+# %% ../nbs/04_tasks.ipynb #f9512d0d
 _ANSWER = re.compile(r"(?i)\banswer(?P<to>\s+to\s+[^.:\n]{0,80}?|\s*\([^)\n]*\))?\s*(?P<verb>is|are|was|=|:|would be|will be|must be|should be|equals)\s*:?\s*")
 
-# %% ../nbs/04_tasks.ipynb #58025223
+# %% ../nbs/04_tasks.ipynb #ca781caa
 def _phrases(text):
     "Each `answer is ...`, last first: (the sentence after it, how it is introduced, where it starts, whether anything follows)."
     for m in list(_ANSWER.finditer(text))[:-9:-1]:
@@ -177,7 +177,7 @@ def _phrases(text):
         sentence = re.split(r"(?<=[\w)%$}])\.(?=\s|$)", line)[0]
         yield sentence, m["verb"], m.start(), rest[len(sentence):].strip(" .\n")
 
-# %% ../nbs/04_tasks.ipynb #21b8a5da
+# %% ../nbs/04_tasks.ipynb #e52264d9
 def _answer_phrase(text):
     "The number that the last `answer is` states. A heading `Answer:` above a derivation states none."
     for sentence, verb, start, after in _phrases(text):
@@ -189,7 +189,7 @@ def _answer_phrase(text):
         if direct and found and not re.match(r"\s*(?:[-+*/×÷=^]|x\s|\\(?:times|cdot|div))", sentence[found[0][2]:]): return found[0][0]
         if (x := _said(sentence)) is not None: return x
 
-# %% ../nbs/04_tasks.ipynb #632f4533
+# %% ../nbs/04_tasks.ipynb #244bb8f4
 def final_number(text: str     # a completion
                 ) -> tuple:    # (Fraction or None, how it was found)
     "The number that a completion gives as its answer."
@@ -204,7 +204,7 @@ def final_number(text: str     # a completion
     found = numbers(text)
     return (found[-1][0], "the last number") if found else (None, "no number in it")
 
-# %% ../nbs/04_tasks.ipynb #96102d4f
+# %% ../nbs/04_tasks.ipynb #6ec893b5
 def judge_number(completion: str, gold: "str | int | float") -> Verdict:
     "Correct when the completion's final number equals `gold` exactly."
     x, how = final_number(completion)
@@ -212,24 +212,24 @@ def judge_number(completion: str, gold: "str | int | float") -> Verdict:
     ok = x == want
     return Verdict(1. if ok else -1., ok, _show(x), _show(want), f"{_show(x)} ({how}) {'equals' if ok else 'is not'} {_show(want)}" if x is not None else how)
 
-# %% ../nbs/04_tasks.ipynb #fb50a96d
+# %% ../nbs/04_tasks.ipynb #7ff551fe
 def _show(x):
     "A Fraction as a person writes it."
     if x is None: return None
     return str(x.numerator) if x.denominator == 1 else f"{float(x):g}" if x == Fraction(f"{float(x):g}") else str(x)
 
-# %% ../nbs/04_tasks.ipynb #4623489a
+# %% ../nbs/04_tasks.ipynb #fb607275
 _TIDY = [(r"\\(?:left|right|displaystyle|limits|big|Big|bigl|bigr)(?![a-zA-Z])", ""), (r"\\[dt]frac", r"\\frac"), (r"(?<!\\)\\(?:[!,;:>\s]|q?quad(?![a-z]))|~", ""), (r"\{,\}", ","),
          (r"\\\$|\$|\u20ac|\u00a3", ""), (r"\\%|%|\\percent", ""), (r"\^\s*(?:\{\s*\\circ\s*\}|\\circ)|\\degree|°", ""), (r"\\(?:mbox|textbf|textit|mathrm|mathbf|textrm|mathit|operatorname)\b", r"\\text"),
          (r"\\ge(?:q|qslant)?(?![a-z])", r"\\geq"), (r"\\le(?:q|qslant)?(?![a-z])", r"\\leq"), (r"\\ne(?![a-z])", r"\\neq"), (r"−|–", "-"), (r"\\(?:cdot|times)(?![a-z])", r"\\cdot"),
          (r"\\frac\s*(\d)\s*(\d)", r"\\frac{\1}{\2}"), (r"\\frac\s*(\d)\s*\{", r"\\frac{\1}{"), (r"\\sqrt\s*(\w)", r"\\sqrt{\1}"),
          (r"(?<![\d}])(\d+)\s*\\frac\{(\d+)\}\{(\d+)\}", lambda m: f"\\frac{{{int(m[1]) * int(m[3]) + int(m[2])}}}{{{m[3]}}}"), (r"\\(?:l|r)?dots|…", "..."), (r"π", r"\\pi "), (r"∞", r"\\infty ")]
 
-# %% ../nbs/04_tasks.ipynb #ad47b54d
+# %% ../nbs/04_tasks.ipynb #87384151
 _UNITS = (r"(?:square|cubic|sq\.?|cu\.?)?\s*(?:units?|inch(?:es)?|in\.?|f(?:ee|oo)t|ft\.?|yards?|miles?|(?:centi|milli|kilo)?met(?:er|re)s?|cm|mm|km|m|kg|g|"
           r"degrees?|dollars?|cents?|hours?|minutes?|seconds?|days?|weeks?|months?|years?|mph|percent|pounds?|ounces?|liters?|points?|students?|people|ways)")
 
-# %% ../nbs/04_tasks.ipynb #280add8f
+# %% ../nbs/04_tasks.ipynb #c53c67dc
 def tidy_latex(s: str) -> str:
     "One spelling for what differs only in typesetting; units, degrees, currency and percent signs go."
     for pattern, new in _TIDY: s = re.sub(pattern, new, s)
@@ -242,7 +242,7 @@ def tidy_latex(s: str) -> str:
     s = re.sub(r"(\\[A-Za-z]+)\s+(?=[A-Za-z])", "\\1\0", s)       # `\pi r` needs its space
     return re.sub(r"\s+", "", s).replace("\0", " ").rstrip(".,;").replace("\\cdot", "*")
 
-# %% ../nbs/04_tasks.ipynb #95d419d5
+# %% ../nbs/04_tasks.ipynb #03f0c1b1
 def _parts(s):
     "Split at top-level commas (`and` and `or` count as commas): (brackets, parts); brackets are '' for a bare list."
     s = re.sub(r"\\text\s*\{\s*(?:and|or)\s*,?\s*\}|(?<![A-Za-z\\])(?:and|or)(?![A-Za-z])", ",", s)
@@ -257,7 +257,7 @@ def _parts(s):
         else: out[-1] += ch
     return braces, [p for p in map(str.strip, out) if p]
 
-# %% ../nbs/04_tasks.ipynb #4ff1916e
+# %% ../nbs/04_tasks.ipynb #b73efb4e
 def _closes(s):
     "Whether no bracket opened before `s` closes inside it."
     depth = 0
@@ -266,7 +266,7 @@ def _closes(s):
         if depth < 0: return False
     return depth == 0
 
-# %% ../nbs/04_tasks.ipynb #cbe63276
+# %% ../nbs/04_tasks.ipynb #047385b8
 _HELPER = """
 import sys, json, resource, signal
 resource.setrlimit(resource.RLIMIT_AS, (4 << 30, 4 << 30))
@@ -283,7 +283,7 @@ for line in sys.stdin:
     print(json.dumps(same), flush=True)
 """
 
-# %% ../nbs/04_tasks.ipynb #e129016a
+# %% ../nbs/04_tasks.ipynb #9fdf000d
 class _Helper:
     "A process that compares two LaTeX answers; started when first needed, and again after a time-out."
     def __init__(self): self.process, self.lock = None, threading.Lock()
@@ -308,7 +308,7 @@ class _Helper:
 
 _helper = _Helper()
 
-# %% ../nbs/04_tasks.ipynb #47b7b8e5
+# %% ../nbs/04_tasks.ipynb #15835697
 def math_equal(a: str, b: str,          # two answers in LaTeX
                seconds: float = 5.,     # time limit of the symbolic comparison
               ) -> tuple:               # (bool, why)
@@ -325,7 +325,7 @@ def math_equal(a: str, b: str,          # two answers in LaTeX
     said = _helper.same(x, y, seconds)
     return (said, "the same by math-verify" if said else "different by math-verify") if said is not None else (False, f"no decision within {seconds:g} s")
 
-# %% ../nbs/04_tasks.ipynb #287bebc5
+# %% ../nbs/04_tasks.ipynb #77d12f40
 def _one_number(s):
     "The value of `18`, `-1.5`, `3/4`, `\\frac{3}{4}`; None for anything else."
     m = re.fullmatch(r"(-?)(?:\\frac\{(-?\d+)\}\{(\d*[1-9]\d*)\}|(\d+)/(\d*[1-9]\d*)|(\d*\.?\d+))", s[:400])
@@ -333,7 +333,7 @@ def _one_number(s):
     x = Fraction(m[6]) if m[6] else Fraction(int(m[2] or m[4]), int(m[3] or m[5]))
     return -x if m[1] else x
 
-# %% ../nbs/04_tasks.ipynb #7e1aa785
+# %% ../nbs/04_tasks.ipynb #2091e8f9
 def _equal_parts(bx, px, by, py, a, b, seconds):
     "Lists: the same length, the same brackets, and equal parts; in any order outside round and square brackets."
     ordered = lambda braces: braces not in ("", "\\{\\}")
@@ -347,7 +347,7 @@ def _equal_parts(bx, px, by, py, a, b, seconds):
     said = _helper.same(tidy_latex(a), tidy_latex(b), seconds)
     return bool(said), "the same by math-verify" if said else "parts differ"
 
-# %% ../nbs/04_tasks.ipynb #0d6fc859
+# %% ../nbs/04_tasks.ipynb #c6846961
 def _matched(px, py, seconds):
     "Whether every part of one list has a partner of its own in the other."
     left = list(py)
@@ -357,7 +357,7 @@ def _matched(px, py, seconds):
         del left[k]
     return True
 
-# %% ../nbs/04_tasks.ipynb #3a9a449b
+# %% ../nbs/04_tasks.ipynb #52a8c061
 def math_answer(text: str) -> str:  # None when there is none
     "The answer that a completion states: its last box, else what follows `answer is`, else its last formula or number."
     text = answer_region(text)
@@ -369,14 +369,14 @@ def math_answer(text: str) -> str:  # None when there is none
     if formulas: return next(x for x in formulas[-1] if x).rsplit("=", 1)[-1].strip()
     return _show(numbers(_plain(text))[-1][0]) if numbers(_plain(text)) else None
 
-# %% ../nbs/04_tasks.ipynb #478e7689
+# %% ../nbs/04_tasks.ipynb #b35847d3
 def judge_math(completion: str, gold: str) -> Verdict:
     "Correct when the completion's answer is mathematically `gold`."
     said = math_answer(completion)
     ok, why = math_equal(said, gold) if said is not None else (False, "no answer in it")
     return Verdict(1. if ok else -1., ok, said, gold, why)
 
-# %% ../nbs/04_tasks.ipynb #b1ca6f94
+# %% ../nbs/04_tasks.ipynb #89a4c734
 _CHOICE = re.compile(r"(?i)\b(?:answer|choice|option)(?:\s+(?:choice|option|letter))?\s*(?:is|was|would be|will be|should be|must be|:|=)\s*(?:option|choice|letter)?\s*[:\s]*")
 
 def _letter(text, labels):
@@ -390,7 +390,7 @@ def _letter(text, labels):
     article = m[1] in ("A", "I") and not m[2].strip() and re.match(r"\s*[a-z]", after) and not re.match(r"\s*(?:is|because|since|as|which|for)\b", after)
     return None if article else next(x for x in labels if x.upper() == m[1].upper())
 
-# %% ../nbs/04_tasks.ipynb #e4a2c16b
+# %% ../nbs/04_tasks.ipynb #0240ad46
 def stated_choice(text: str,      # a completion
                   labels: list,   # the labels on offer
                   texts: list,    # what they stand for
@@ -412,7 +412,7 @@ def stated_choice(text: str,      # a completion
     x = _by_text(lines[-1], labels, texts, anywhere=True)
     return (x, "by its text, on the last line") if x else (None, "no choice stated")
 
-# %% ../nbs/04_tasks.ipynb #8a6fb003
+# %% ../nbs/04_tasks.ipynb #442199ca
 def _by_text(segment, labels, texts, anywhere=False):
     "The label of the one choice whose text stands at the start of `segment` (or anywhere in it)."
     flat = lambda t: re.sub(r"[^\w]+", " ", t).strip().lower()
@@ -422,17 +422,17 @@ def _by_text(segment, labels, texts, anywhere=False):
     inside = all(flat(texts[labels.index(l)]) in flat(texts[labels.index(longest)]) for l in hit)
     return longest if hit and inside else None
 
-# %% ../nbs/04_tasks.ipynb #efa9a48d
+# %% ../nbs/04_tasks.ipynb #1930bdb3
 def judge_choice(completion: str, gold: str, labels: list, texts: list) -> Verdict:
     "Correct when the stated choice is `gold`; never by chance."
     x, how = stated_choice(completion, labels, texts)
     return Verdict(1. if x == gold else -1., x == gold, x, gold, f"{x or 'nothing'} ({how}); the key is {gold}")
 
-# %% ../nbs/04_tasks.ipynb #178226fb
+# %% ../nbs/04_tasks.ipynb #9352d617
 _FENCE = re.compile(r"```[ \t]*([\w+-]*)[^\n]*\n(.*?)(?:\n[ \t]*```|\Z)", re.S)
 _STOP = re.compile(r"\n(?=(?:class|def|if|print|assert|#|@|from|import|\"\"\"|'''|</?\w|\[DONE\]|```)[^\n]*)")
 
-# %% ../nbs/04_tasks.ipynb #b6702ebe
+# %% ../nbs/04_tasks.ipynb #727844d9
 def find_code(text: str,         # a completion
               entry: str = "",   # the function wanted: the first block that defines it wins
              ) -> str:           # Python source; the text itself when nothing marks code
@@ -444,14 +444,14 @@ def find_code(text: str,         # a completion
     if blocks: return next((b for b in blocks if entry and re.search(rf"\b(?:def|class)\s+{re.escape(entry)}\b|^{re.escape(entry)}\s*=", b, re.M)), max(blocks, key=len))
     return _parsing_part(text)
 
-# %% ../nbs/04_tasks.ipynb #ca006d85
+# %% ../nbs/04_tasks.ipynb #301cc56d
 def _parse(source):
     "ast.parse without Python's remarks about other people's escape sequences."
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return ast.parse(source)
 
-# %% ../nbs/04_tasks.ipynb #c7eb85d2
+# %% ../nbs/04_tasks.ipynb #ccab68bf
 def _parsing_part(text):
     "From the first line that looks like a program to the last with which it still parses."
     lines = text.split("\n")
@@ -462,7 +462,7 @@ def _parsing_part(text):
         except (SyntaxError, ValueError, RecursionError, MemoryError): continue
     return "\n".join(lines[first:])
 
-# %% ../nbs/04_tasks.ipynb #03d59d78
+# %% ../nbs/04_tasks.ipynb #a6301080
 def complete_function(prompt: str, completion: str, entry: str) -> str:
     "A program from HumanEval's prompt and a completion that either continues it or repeats the function."
     code = find_code(completion, entry)
@@ -473,18 +473,18 @@ def complete_function(prompt: str, completion: str, entry: str) -> str:
     if body and not body[0].isspace(): body = "\n".join("    " + l for l in body.split("\n"))
     return prompt + body + "\n"
 
-# %% ../nbs/04_tasks.ipynb #60ead443
+# %% ../nbs/04_tasks.ipynb #39940fee
 def _dedent(code):
     indent = re.match(r"[ \t]*", code.lstrip("\n"))[0]
     return "\n".join(l[len(indent):] if l.startswith(indent) else l for l in code.lstrip("\n").split("\n"))
 
-# %% ../nbs/04_tasks.ipynb #714441cb
+# %% ../nbs/04_tasks.ipynb #8c7abfb7
 def judge_code(program: str, tests: str, entry_points: tuple = (), cpu: float = 10.) -> Verdict:
     "Correct when the program passes its tests in the sandbox, within `cpu` seconds of processor time (and three times that on the clock)."
     out = run_program(program, tests, entry_points, timeout=3 * cpu, cpu=cpu)
     return Verdict(1. if out.passed else -1., out.passed, program, tests, f"{out.status}: {out.detail}")
 
-# %% ../nbs/04_tasks.ipynb #b0331003
+# %% ../nbs/04_tasks.ipynb #d11c5f36
 def called_names(tests: str, program: str) -> tuple:
     "Names that `tests` use and the reference `program` defines: what is asked for by name."
     body = _parse(program).body
@@ -492,7 +492,7 @@ def called_names(tests: str, program: str) -> tuple:
               {t.id for n in body if isinstance(n, ast.Assign) for t in n.targets if isinstance(t, ast.Name)}
     return tuple(sorted({n.id for n in ast.walk(_parse(tests)) if isinstance(n, ast.Name)} & defined))
 
-# %% ../nbs/04_tasks.ipynb #77f39646
+# %% ../nbs/04_tasks.ipynb #e6dbd700
 _CONTRACTED = ("ain't aren't can't could've couldn't didn't doesn't don't hadn't hasn't haven't he'd he's how'd how'll how's I'd've I'm I've isn't it'd it'll let's ma'am mightn't "
                "might've mustn't must've needn't not've o'clock oughtn't shan't she'd she's should've shouldn't somebody's someone's something's that's there'd there're there's "
                "they'd they'll they're they've wasn't we'd we've weren't what'll what're what's what've when's where'd where's where've who'd who'll who's who've why'll why're why's "
@@ -500,7 +500,7 @@ _CONTRACTED = ("ain't aren't can't could've couldn't didn't doesn't don't hadn't
 _APOSTROPHES = {w.replace("'", ""): w for w in _CONTRACTED if w not in ("he'd", "she'd", "we'd", "it'd", "i'm", "she's")}
 _WORDS = dict(zip("none zero one two three four five six seven eight nine ten".split(), "0 0 1 2 3 4 5 6 7 8 9 10".split()))
 
-# %% ../nbs/04_tasks.ipynb #b8fde1b5
+# %% ../nbs/04_tasks.ipynb #34fe0ad8
 def vqa_normalise(answer: str) -> str:
     "The VQA challenge's normalisation of an answer."
     text = answer.replace("\n", " ").replace("\t", " ").strip().lower()
@@ -511,14 +511,14 @@ def vqa_normalise(answer: str) -> str:
     words = [_WORDS.get(w, w) for w in text.split() if w not in ("a", "an", "the")]
     return " ".join(_APOSTROPHES.get(w, w) for w in words)
 
-# %% ../nbs/04_tasks.ipynb #6f6a1bb5
+# %% ../nbs/04_tasks.ipynb #2849ed0a
 def vqa_accuracy(answer: str, annotators: list) -> float:  # in [0, 1]
     "min(1, n/3) over the other annotators, averaged over the annotator left out."
     a, given = vqa_normalise(answer), [vqa_normalise(g) for g in annotators]
     same = sum(g == a for g in given)
     return sum(min(1, (same - (g == a)) / 3) for g in given) / len(given)
 
-# %% ../nbs/04_tasks.ipynb #fb07530b
+# %% ../nbs/04_tasks.ipynb #0fc60a82
 def judge_vqa(completion: str, annotators: list) -> Verdict:
     "VQA accuracy as `score`; correct from one half on; the paper's rewards for vision, +1 and -0.1."
     text = answer_region(completion).split("\n")[0]
@@ -528,7 +528,7 @@ def judge_vqa(completion: str, annotators: list) -> Verdict:
     gold = max(annotators, key=annotators.count)
     return Verdict(1. if acc >= .5 else -.1, acc >= .5, said, gold, f"VQA accuracy {acc:.2f}: {annotators.count(gold)} of {len(annotators)} people said {gold!r}", acc)
 
-# %% ../nbs/04_tasks.ipynb #4bb51eb0
+# %% ../nbs/04_tasks.ipynb #82dac9da
 def read_rows(path: "str | Path",     # .jsonl, .json (a list of objects), or .txt (one prompt a line)
               need: tuple = (),       # fields every row must have
              ) -> list:               # of dicts
@@ -540,19 +540,19 @@ def read_rows(path: "str | Path",     # .jsonl, .json (a list of objects), or .t
     else: rows = ((i, line) for i, line in enumerate(text.split("\n"), 1) if line.strip())
     return [_row(line, i, path, need) for i, line in rows]
 
-# %% ../nbs/04_tasks.ipynb #c2e1a8ec
+# %% ../nbs/04_tasks.ipynb #98958ca3
 def _json(text, path, i):
     try: return json.loads(text)
     except json.JSONDecodeError as e: raise ValueError(f"{path}{f', row {i}' if i else ''}: not JSON: {e}") from None
 
-# %% ../nbs/04_tasks.ipynb #c9b606d7
+# %% ../nbs/04_tasks.ipynb #e8d7a849
 def _list(obj, path):
     "A JSON file is a list of rows, or an object that holds one under \"data\"."
     obj = obj.get("data") if isinstance(obj, dict) else obj
     if not isinstance(obj, list): raise ValueError(f"{path}: expected a list of rows, or an object with a list under 'data'")
     return obj
 
-# %% ../nbs/04_tasks.ipynb #8bd47377
+# %% ../nbs/04_tasks.ipynb #f798b429
 def _row(row, i, path, need):
     "One line (or object) of `path` as a dict that holds every field in `need`."
     if isinstance(row, str): row = dict(prompt=row.rstrip("\r")) if path.suffix == ".txt" else _json(row, path, i)
@@ -561,7 +561,7 @@ def _row(row, i, path, need):
         if k not in row: raise ValueError(f"{path}, row {i}: no field {k!r}; it has {sorted(row)}")
     return row
 
-# %% ../nbs/04_tasks.ipynb #2b70561d
+# %% ../nbs/04_tasks.ipynb #c7a6afdb
 @dataclass
 class Source:
     "Where a data set's rows come from."
@@ -569,14 +569,14 @@ class Source:
     hub: tuple       # (id, configuration, {part: hub split})
     need: tuple      # fields that every row has
 
-# %% ../nbs/04_tasks.ipynb #af5b2d59
+# %% ../nbs/04_tasks.ipynb #891e0cb0
 def _source(folder, names, hub, config, need, **parts):
     "A Source whose parts lie in `folder` (or directly in data_dir), as .jsonl or .json."
     files = {part: [f"{d}{n}.{ext}" for n in ([name] if isinstance(name, str) else name) for d in (f"{folder}/", "") for ext in ("jsonl", "json")]
              for part, name in names.items()}
     return Source(files, (hub, config, parts or {p: p for p in names}), need)
 
-# %% ../nbs/04_tasks.ipynb #8db299db
+# %% ../nbs/04_tasks.ipynb #78e3005c
 def _arc(name): return _source("arc", dict(train=f"{name}-train", test=f"{name}-test"), "allenai/ai2_arc", name, ("question", "choices", "answerKey"))
 SOURCES = dict(
     gsm8k=_source("gsm8k", dict(train="train", test="test"), "openai/gsm8k", "main", ("question", "answer")),
@@ -590,7 +590,7 @@ SOURCES = dict(
     textvqa=_source("textvqa", {p: [f"TextVQA_0.5.1_{p}", f"TextVQA_0.5.1_{p}.json_samples"] for p in ("train", "val")}, "lmms-lab/textvqa", None,
                     ("question", "answers"), train="train", val="validation"))
 
-# %% ../nbs/04_tasks.ipynb #c49436ac
+# %% ../nbs/04_tasks.ipynb #174be53a
 @lru_cache(maxsize=None)
 def _rows(source, part, data_dir):
     "The rows of one part as examples; read once."
@@ -607,42 +607,42 @@ def _rows(source, part, data_dir):
     if not rows: raise ValueError(f"{where}: no rows in it")
     return [_example(_EXAMPLE[source.split("_")[0]], r, i, where) for i, r in enumerate(rows, 1)]
 
-# %% ../nbs/04_tasks.ipynb #833529d8
+# %% ../nbs/04_tasks.ipynb #5150360b
 def _example(make, row, i, where):
     "One row as an example; what is wrong with it is said with its file and number."
     try: return {"id": row.get("task_id", row.get("question_id", row.get("id", i - 1))), **make(row)}
     except (ValueError, KeyError, TypeError, SyntaxError) as e: raise ValueError(f"{where}, row {i}: {e if isinstance(e, ValueError) else repr(e)}") from None
 
-# %% ../nbs/04_tasks.ipynb #3aa4216e
+# %% ../nbs/04_tasks.ipynb #65ab0d89
 def _gsm8k(r):
     steps, mark, gold = r["answer"].rpartition("####")
     if not mark or not numbers(gold): raise ValueError("its answer has no `#### number`")
     return dict(question=r["question"], solution=r["answer"], gold=gold.strip())
 
-# %% ../nbs/04_tasks.ipynb #9c8cee76
+# %% ../nbs/04_tasks.ipynb #28676fb3
 def _math(r):
     gold = r["answer"] if r.get("answer") else boxed(r["solution"])
     if not gold: raise ValueError("its solution has no \\boxed{} answer")
     return dict(question=r["problem"], solution=r["solution"], gold=gold, level=r.get("level"), subject=r.get("type", r.get("subject")))
 
-# %% ../nbs/04_tasks.ipynb #5381fbc8
+# %% ../nbs/04_tasks.ipynb #4a15c78d
 def _arc_example(r):
     labels, texts = list(r["choices"]["label"]), list(r["choices"]["text"])
     if len(labels) != len(texts) or r["answerKey"] not in labels: raise ValueError(f"its key {r['answerKey']!r} is not among {labels}")
     return dict(question=r["question"], labels=labels, texts=texts, gold=r["answerKey"])
 
-# %% ../nbs/04_tasks.ipynb #fa7447b6
+# %% ../nbs/04_tasks.ipynb #6760eab5
 def _textvqa(r):
     if not r["answers"]: raise ValueError("it has no answers")
     return dict(question=r["question"], answers=list(r["answers"]), image=r.get("image"), image_id=r.get("image_id"))
 
-# %% ../nbs/04_tasks.ipynb #c6b74f00
+# %% ../nbs/04_tasks.ipynb #09dbf91d
 def _humaneval(r):
     entry, tree = r["entry_point"], _parse(r["prompt"] + "    pass\n")
     helpers = [ast.unparse(n) for n in tree.body if not (isinstance(n, ast.FunctionDef) and n.name == entry)]
     return dict(prompt=r["prompt"], entry=entry, solution=r["canonical_solution"], tests="\n".join([*helpers, r["test"], f"check({entry})"]))
 
-# %% ../nbs/04_tasks.ipynb #356b7d11
+# %% ../nbs/04_tasks.ipynb #d1620b83
 def _mbpp(r):
     lines = [*r.get("test_imports", []), r.get("test_setup_code", ""), *r["test_list"]]
     tests, code = "\n".join(lines).replace("\r\n", "\n"), r["code"].replace("\r\n", "\n")
@@ -651,7 +651,7 @@ def _mbpp(r):
 
 _EXAMPLE = dict(gsm8k=_gsm8k, math=_math, arc=_arc_example, textvqa=_textvqa, humaneval=_humaneval, mbpp=_mbpp)
 
-# %% ../nbs/04_tasks.ipynb #598ce00e
+# %% ../nbs/04_tasks.ipynb #8c03f7f4
 SYSTEM = dict(
     math="Solve the problem step by step. Put the final answer, and nothing else, in \\boxed{}.",
     code="You are an exceptionally intelligent coding assistant that consistently delivers accurate and reliable responses to user instructions.",
@@ -662,19 +662,19 @@ SYSTEM = dict(
           "- reasoning: it asks for knowledge of the world and logic, often by a choice among statements.\n- other: none of these.\n"
           "If several fit, choose the one it needs most. Answer in this form: \\boxed{skill}")
 
-# %% ../nbs/04_tasks.ipynb #8429a48b
+# %% ../nbs/04_tasks.ipynb #6e0208c7
 def ask_code(e): return f"{e['question']}\nYour code should satisfy these tests:\n\n" + "\n".join(e["shown"]) + "\n\nAnswer with one Python code block."
 def ask_function(e): return f"Complete this Python function. Answer with the whole function in one Python code block.\n\n```python\n{e['prompt']}```"
 def ask_choice(e): return e["question"] + "\nOptions:\n" + "\n".join(f"{l}. {t}" for l, t in zip(e["labels"], e["texts"]))
 
-# %% ../nbs/04_tasks.ipynb #b092b55e
+# %% ../nbs/04_tasks.ipynb #63d15f61
 def _half(source, data_dir, split):
     "Even rows of the training set to train on, odd rows to validate; the test set as it is."
     if split in ("test", "transfer"): return list(_rows(source, "test" if "test" in SOURCES[source].files else "val", data_dir))
     if split not in ("train", "validation"): raise ValueError(f"no split {split!r}; there are train, validation, test, transfer")
     return _rows(source, "train", data_dir)[split == "validation"::2]
 
-# %% ../nbs/04_tasks.ipynb #5a799d79
+# %% ../nbs/04_tasks.ipynb #cf0e07eb
 def _mbpp_split(source, data_dir, split):
     "MBPP's own splits, by task_id; MBPP-Pro's 300 and 99 as the official code has them."
     rows = _rows(source, "all", data_dir)
@@ -689,13 +689,13 @@ def _mbpp_split(source, data_dir, split):
     if split not in ids: raise ValueError(f"{source} has no split {split!r}; there are {sorted([*ids, 'all'])}")
     return [e for e in rows if ids[split][0] <= e["id"] <= ids[split][1]]
 
-# %% ../nbs/04_tasks.ipynb #5df45026
+# %% ../nbs/04_tasks.ipynb #50c775de
 def _only_test(source, data_dir, split):
     "HumanEval has no training set: it is an unseen task."
     if split not in ("test", "transfer"): raise ValueError(f"{source} has no split {split!r}: all its rows are test (and transfer)")
     return list(_rows(source, "test", data_dir))
 
-# %% ../nbs/04_tasks.ipynb #e5933f12
+# %% ../nbs/04_tasks.ipynb #2637a8d8
 def _fence(code): return f"```python\n{code}\n```"
 
 def _number_task(name, data_dir):
@@ -703,33 +703,33 @@ def _number_task(name, data_dir):
     return Task(name, partial(_half, name, data_dir), lambda e: e["question"], None, lambda e: e["solution"], SYSTEM["math"],
                 512 if name == "gsm8k" else 1024, lambda c, e: judge(c, e["gold"]))
 
-# %% ../nbs/04_tasks.ipynb #f05d06c1
+# %% ../nbs/04_tasks.ipynb #80c2ef10
 def _choice_task(name, data_dir):
     return Task(name, partial(_half, name, data_dir), ask_choice, None, lambda e: f"The answer is ({e['gold']})", SYSTEM["choice"], 512,
                 lambda c, e: judge_choice(c, e["gold"], e["labels"], e["texts"]))
 
-# %% ../nbs/04_tasks.ipynb #6cf73fc9
+# %% ../nbs/04_tasks.ipynb #28035771
 def _mbpp_task(name, data_dir):
     return Task(name, partial(_mbpp_split, name, data_dir), ask_code, None, lambda e: _fence(e["solution"]), SYSTEM["code"], 512,
                 lambda c, e: judge_code(find_code(c, e["entries"][0]), e["tests"], e["entries"]))
 
-# %% ../nbs/04_tasks.ipynb #cae569e2
+# %% ../nbs/04_tasks.ipynb #543f3362
 def _humaneval_task(name, data_dir):
     return Task(name, partial(_only_test, name, data_dir), ask_function, None, lambda e: _fence(e["prompt"] + e["solution"]), SYSTEM["code"], 512,
                 lambda c, e: judge_code(complete_function(e["prompt"], c, e["entry"]), e["tests"], (e["entry"],)))
 
-# %% ../nbs/04_tasks.ipynb #0d9969ea
+# %% ../nbs/04_tasks.ipynb #1b551212
 def _textvqa_task(name, data_dir):
     def examples(split): return [{**e, "image": e["image"] or _image(data_dir, e["image_id"])} for e in _half(name, data_dir, split)]
     return Task(name, examples, lambda e: e["question"], None, lambda e: max(e["answers"], key=e["answers"].count), SYSTEM["vqa"], 32, lambda c, e: judge_vqa(c, e["answers"]))
 
-# %% ../nbs/04_tasks.ipynb #d581b218
+# %% ../nbs/04_tasks.ipynb #8b30da33
 def _image(data_dir, image_id):
     "The path of an image below data_dir/textvqa, or None when it is not there."
     names = [Path(data_dir or ".") / "textvqa" / d / f"{image_id}.jpg" for d in ("images", "train_images", "train_val_images/train_images")]
     return next((str(p) for p in names if p.is_file()), None)
 
-# %% ../nbs/04_tasks.ipynb #a1f4309f
+# %% ../nbs/04_tasks.ipynb #c676c23d
 SKILLS = dict(gsm8k="math", mbpp="code", arc_easy="reasoning")
 
 def _skill_rows(data_dir, split, per_skill=400):
@@ -743,19 +743,19 @@ def _skill_rows(data_dir, split, per_skill=400):
         columns.append([dict(id=f"{name}/{e['id']}", question=task.prompt(e), gold=skill) for e in rows[:per_skill]])
     return [e for row in zip(*columns) for e in row]
 
-# %% ../nbs/04_tasks.ipynb #ffee1784
+# %% ../nbs/04_tasks.ipynb #f2746c9d
 def judge_skill(completion: str, gold: str) -> Verdict:
     "Correct when the last box names the skill."
     said = boxed(answer_region(completion))
     said = re.sub(r"\\text\s*\{([^}]*)\}|[^\w]", lambda m: m[1] or "", said).lower() if said is not None else None
     return Verdict(1. if said == gold else -1., said == gold, said, gold, f"{said or 'no box'}; the skill is {gold}")
 
-# %% ../nbs/04_tasks.ipynb #784fc780
+# %% ../nbs/04_tasks.ipynb #c59264cc
 def _skill_task(name, data_dir):
     return Task(name, partial(_skill_rows, data_dir), lambda e: e["question"], None, lambda e: f"\\boxed{{{e['gold']}}}", SYSTEM["skill"], 64,
                 lambda c, e: judge_skill(c, e["gold"]))
 
-# %% ../nbs/04_tasks.ipynb #5f6d501f
+# %% ../nbs/04_tasks.ipynb #77b92acf
 TASKS = dict(gsm8k=_number_task, math=_number_task, mbpp=_mbpp_task, mbpp_sanitized=_mbpp_task, mbpp_pro=_mbpp_task, humaneval=_humaneval_task,
              arc_easy=_choice_task, arc_challenge=_choice_task, textvqa=_textvqa_task, cls=_skill_task)
 
@@ -765,7 +765,7 @@ def register(name: str,        # as `get_task` will know it
     "Add a task to `get_task`; a later room adds the lab's skills this way."
     TASKS[name] = make
 
-# %% ../nbs/04_tasks.ipynb #d211caf5
+# %% ../nbs/04_tasks.ipynb #1c985fd4
 def get_task(name: str,                    # one of `TASKS`
              data_dir: "str | Path" = None,# folder with the published files; default: $TRANSFORMER2_DATA, and without it the hub
             ) -> Task:
@@ -778,12 +778,12 @@ def get_task(name: str,                    # one of `TASKS`
     task.examples = partial(_not_empty, task.examples, f"task {name!r}, {data_dir or 'from the hub'}")
     return task
 
-# %% ../nbs/04_tasks.ipynb #81657cbb
+# %% ../nbs/04_tasks.ipynb #5da4aa71
 def _not_empty(examples, where, split):
     if not (rows := examples(split)): raise ValueError(f"{where}: no rows for split {split!r}")
     return rows
 
-# %% ../nbs/04_tasks.ipynb #a40181b4
+# %% ../nbs/04_tasks.ipynb #509eb0aa
 def judge_all(task: Task, completions: list, examples: list,  # one completion for each example
               workers: int = 2,                               # programs run at a time; other verifiers are quick
               progress: bool = False,                         # show a bar
@@ -796,7 +796,7 @@ def judge_all(task: Task, completions: list, examples: list,  # one completion f
     with ThreadPoolExecutor(workers) as pool:
         return list(tqdm(pool.map(task.judge, completions, examples), total=len(examples), desc=task.name, disable=not progress))
 
-# %% ../nbs/04_tasks.ipynb #b1b53a8b
+# %% ../nbs/04_tasks.ipynb #34820908
 def load_function(spec: str,  # "path/to/file.py:function"
                  ) -> Callable:
     "Import one function from a Python file."
@@ -811,7 +811,7 @@ def load_function(spec: str,  # "path/to/file.py:function"
     if not callable(fn): raise ValueError(f"reward {spec!r}: {path} defines no function {name!r}")
     return fn
 
-# %% ../nbs/04_tasks.ipynb #684afb88
+# %% ../nbs/04_tasks.ipynb #9083f6f3
 def from_files(prompts: "str | Path",       # .txt, one prompt a line; .jsonl with "prompt" and optionally "answer", "split"
                reward: "str | Callable",    # "file.py:function" or the function: (completion, example) -> number
                name: str = None,            # default: the prompt file's stem
@@ -826,7 +826,7 @@ def from_files(prompts: "str | Path",       # .txt, one prompt a line; .jsonl wi
     return Task(name or Path(prompts).stem, lambda split: _own_split(rows, split, prompts), lambda e: e["prompt"], fn,
                 (lambda e: str(e["answer"])) if has_answers else None, system, max_new_tokens)
 
-# %% ../nbs/04_tasks.ipynb #0a8211bc
+# %% ../nbs/04_tasks.ipynb #e1919989
 def _own_split(rows, split, source):
     "Rows marked with `split`; unmarked rows go 8 : 1 : 1, and a file of fewer than ten rows serves every split whole."
     if any("split" in r for r in rows): out = [r for r in rows if r.get("split") == split]

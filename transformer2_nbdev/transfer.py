@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['HOWS', 'overlap', 'match', 'carry', 'correspond', 'transfer', 'check_widths', 'dress', 'kinship']
 
-# %% ../nbs/13_transfer.ipynb #97602b0f
+# %% ../nbs/13_transfer.ipynb #1dc0b489
 import torch
 from peft import PeftModel, get_peft_model
 from torch import nn
@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from .adapter import SvfConfig, make_basis, svf_layers, weight_of, zs
 from .svd import decompose
 
-# %% ../nbs/13_transfer.ipynb #05a12cff
+# %% ../nbs/13_transfer.ipynb #9e425775
 def overlap(Q_s: torch.Tensor, # (r, k) source basis
             Q_t: torch.Tensor  # (r, k') target basis of the same side and width
            ) -> torch.Tensor:  # (k, k') squared cosines; over a full basis rows and columns sum to 1
@@ -25,7 +25,7 @@ def match(d: torch.Tensor, O2: torch.Tensor) -> torch.Tensor: # (k,), (k, k') ->
     "Least-squares image of Q_s diag(d) Q_s^T in the target's basis"
     return O2.T.to(d) @ d
 
-# %% ../nbs/13_transfer.ipynb #8bd30a12
+# %% ../nbs/13_transfer.ipynb #c15c5a2f
 def carry(d: torch.Tensor,             # (k,) d = z - 1 of one source matrix
           k: int,                      # number of knobs of the target matrix
           how: str = "ordered",        # "ordered" | "shuffled" | "mean" | "random" | "resampled" | "matched"
@@ -44,7 +44,7 @@ def carry(d: torch.Tensor,             # (k,) d = z - 1 of one source matrix
 
 HOWS = ("ordered", "shuffled", "mean", "random", "resampled", "matched")
 
-# %% ../nbs/13_transfer.ipynb #7b7467d6
+# %% ../nbs/13_transfer.ipynb #6effae90
 def correspond(names: list[str],          # adapted matrices of the source
                target: nn.Module,         # bare model or PEFT model
                mapping: dict[str, str] | None = None # {source name: target name}; None: equal names
@@ -57,7 +57,7 @@ def correspond(names: list[str],          # adapted matrices of the source
         if mapping[n] not in modules: raise ValueError(f"the target has no {mapping[n]} for the expert's {n}: give a mapping of names")
     return {n: mapping[n] for n in names}
 
-# %% ../nbs/13_transfer.ipynb #205b9294
+# %% ../nbs/13_transfer.ipynb #9abe49fe
 def transfer(expert: str,            # adapter name on `source`
              source: PeftModel,      # the model the expert was trained on
              target: nn.Module,      # the model to receive it: bare, or a PEFT model to add one more adapter to
@@ -81,7 +81,7 @@ def transfer(expert: str,            # adapter name on `source`
             p.copy_(1 + carry(v - 1, len(p), how, generator, O2.cpu() if O2 is not None else None))
     return target
 
-# %% ../nbs/13_transfer.ipynb #4a355445
+# %% ../nbs/13_transfer.ipynb #304b9683
 def _shape(model: nn.Module, name: str) -> tuple[int, int]:
     "(m, n) of one linear layer, dressed or not"
     layers = svf_layers(model)
@@ -106,7 +106,7 @@ def dress(target: nn.Module, modules: list[str], adapter_name: str) -> PeftModel
     target.add_adapter(adapter_name, config)
     return target
 
-# %% ../nbs/13_transfer.ipynb #0b41a2ec
+# %% ../nbs/13_transfer.ipynb #97c153e5
 def kinship(source: PeftModel, target: PeftModel # both dressed on the same matrices (same shapes)
            ) -> dict[str, tuple[float, float]]: # {module: (mean |u_i . u'_i|, the same at chance)}
     "How alike the i-th singular directions of two models are"
