@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['app', 'lab_app', 'DEMO', 'HEAD', 'PAGE', 'options', 'fail', 'told', 'quiet', 'device_of', 'load_model', 'check_names',
-           'targets_of', 'wrap', 'task_of', 'says', 'train', 'run_training', 'evaluate', 'put_on', 'build',
-           'train_skills', 'ask_all', 'rows_of', 'as_text', 'knobs_of', 'draw_rewards', 'draw_bars', 'draw_knobs',
-           'draw_spectra', 'picture', 'page_of', 'run_demo', 'demo', 'main']
+           'targets_of', 'wrap', 'task_of', 'only_fitting', 'says', 'train', 'run_training', 'evaluate', 'put_on',
+           'build', 'train_skills', 'ask_all', 'rows_of', 'as_text', 'knobs_of', 'draw_rewards', 'draw_bars',
+           'draw_knobs', 'draw_spectra', 'picture', 'page_of', 'run_demo', 'demo', 'main']
 
 # %% ../nbs/18_cli.ipynb #cb715eb2
 import os, sys
@@ -118,6 +118,22 @@ def task_of(task: str | None, data_dir: str | None, prompts: str | None, reward:
     if not (prompts and reward): raise ValueError(f"--{'reward' if prompts else 'prompts'} is missing: give both --prompts and --reward")
     return from_files(prompts, reward, max_new_tokens=max_new_tokens or 256)
 
+# %% ../nbs/18_cli.ipynb #b5d0fe1d
+def only_fitting(task, model, tokenizer, max_new_tokens: int | None):
+    "The task without the examples whose prompt leaves no room for an answer"
+    from dataclasses import replace
+    from functools import lru_cache
+    from transformer2_nbdev.tasks import render
+    room = model.config.get_text_config().max_position_embeddings - (max_new_tokens or task.max_new_tokens)
+    @lru_cache
+    def examples(split):
+        rows = task.examples(split)
+        kept = [e for e in rows if len(tokenizer(render(task, e, tokenizer))["input_ids"]) <= room]
+        if not kept: raise ValueError(f"--skip-long: none of the {len(rows)} {split} prompts of {task.name} fits into {room} tokens")
+        if len(kept) < len(rows): typer.echo(f"{task.name}: {len(rows) - len(kept)} of {len(rows)} {split} prompts are left out, longer than {room} tokens")
+        return kept
+    return replace(task, examples=examples)
+
 # %% ../nbs/18_cli.ipynb #fa85e9aa
 def says(history, out: str) -> str:
     "The result of a run in one line"
@@ -125,7 +141,7 @@ def says(history, out: str) -> str:
     return (f"{r['task']}: {100 * r['training']['before']['val_accuracy']:.1f}% -> {100 * r['acc']:.1f}% ({100 * r['interval'][0]:.1f} to {100 * r['interval'][1]:.1f}) "
             f"of {r['n']} validation answers, seed {r['seed']}; kept step {history.best_step} of {r['training']['steps']} ({history.stopped}); expert in {out}")
 
-# %% ../nbs/18_cli.ipynb #c02bdf40
+# %% ../nbs/18_cli.ipynb #28e327d7
 @app.command()
 @told()
 def train(model: Annotated[str, typer.Option(help="folder, hub id, or lab:A")],
@@ -147,25 +163,27 @@ def train(model: Annotated[str, typer.Option(help="folder, hub id, or lab:A")],
           micro_batch: Annotated[int, typer.Option(help="rows per forward and backward pass")] = None,
           rollout_batch: Annotated[int, typer.Option(help="completions generated at once")] = 64,
           dtype: str = "auto", device: str = None, seed: int = 0,
+          skip_long: Annotated[bool, typer.Option("--skip-long", help="leave out prompts that do not fit the model's context")] = False,
           resume: Annotated[bool, typer.Option("--resume", help="go on with the run in --out")] = False):
     "Train an expert by REINFORCE with a KL term to its base."
     given = dict(steps=steps, batch_size=batch_size, lr=lr, kl=kl, samples=samples, advantage=advantage, temperature=temperature, top_p=top_p,
                  max_new_tokens=max_new_tokens, micro_batch=micro_batch, rollout_batch=rollout_batch, seed=seed)
-    run_training(model, task_of(task, data_dir, prompts, reward, max_new_tokens), out, resume, given, (method, target_modules, rank), dtype, device)
+    run_training(model, task_of(task, data_dir, prompts, reward, max_new_tokens), out, resume, given, (method, target_modules, rank), dtype, device, skip_long)
 
-# %% ../nbs/18_cli.ipynb #e2b4cf1a
-def run_training(name, task, out, resume, given, adapter, dtype, device) -> None:
+# %% ../nbs/18_cli.ipynb #be075960
+def run_training(name, task, out, resume, given, adapter, dtype, device, skip_long=False) -> None:
     "Check what is cheap to check, load, train, and say what came of it"
     quiet()
     from transformer2_nbdev.reinforce import ReinforceConfig, check_folder, train_expert, world
     config = ReinforceConfig(**given)
     check_folder(out, resume)
     model, tokenizer = load_model(name, dtype, device)
+    if skip_long: task = only_fitting(task, model, tokenizer, config.max_new_tokens)
     model = wrap(model, *adapter, config.seed)
     history = train_expert(model, tokenizer, task, config, out, resume)
     if world()[0] == 0: typer.echo(says(history, out))
 
-# %% ../nbs/18_cli.ipynb #63976ad0
+# %% ../nbs/18_cli.ipynb #81526b91
 @app.command(name="eval")
 @told()
 def evaluate(model: Annotated[str, typer.Option(help="folder, hub id, or lab:A")],
@@ -174,12 +192,14 @@ def evaluate(model: Annotated[str, typer.Option(help="folder, hub id, or lab:A")
              data_dir: Annotated[str, typer.Option(help="folder with the published data")] = None,
              split: str = "test", limit: int = None, batch_size: int = 64, temperature: float = 0., max_new_tokens: int = None,
              out: Annotated[str, typer.Option(help="folder for result.json and items.jsonl; an interrupted evaluation in it is resumed")] = None,
+             skip_long: Annotated[bool, typer.Option("--skip-long", help="leave out prompts that do not fit the model's context")] = False,
              dtype: str = "auto", device: str = None, seed: int = 0):
     "Accuracy of a model, with or without an expert, on a task."
     quiet()
     from transformer2_nbdev import evaluate as rooms
     asked = task_of(task, data_dir, None, None, None)
     net, tokenizer = load_model(model, dtype, device)
+    if skip_long: asked = only_fitting(asked, net, tokenizer, max_new_tokens)
     result = rooms.evaluate(put_on(net, expert), tokenizer, asked, split=split, limit=limit, batch_size=batch_size, temperature=temperature, seed=seed,
                             max_new_tokens=max_new_tokens, out=out)
     typer.echo(str(result))
@@ -323,7 +343,7 @@ def page_of(histories: dict, results: dict, knobs: dict, seconds: float, seed: i
                (draw_knobs(knobs), "Where z moved: block and matrix"), (draw_spectra(knobs), "Singular values before and after, in the matrix that moved most")]
     return PAGE.format(intro=intro, head=cells(HEAD, "th"), rows="".join(f"<tr>{cells(r, 'td')}</tr>" for r in rows_of(results)), figures="".join(picture(*f) for f in figures))
 
-# %% ../nbs/18_cli.ipynb #9d9dc11d
+# %% ../nbs/18_cli.ipynb #17ee568b
 def run_demo(out: str | Path, seed: int = 0, skills: tuple | None = None, asked: tuple | None = None, limit: int | None = None, **kw) -> dict: # {task: {model: Result}}
     "Train, ask, compare, and write report.html; `kw` overrides settings of the training"
     import time
@@ -344,7 +364,7 @@ def demo(out: Annotated[str, typer.Option(help="folder for experts, answers and 
     "Train three experts on the lab's base A, evaluate them on trained and unseen skills, and write a report."
     import torch
     quiet()
-    torch.set_num_threads(min(torch.get_num_threads(), 2))
+    torch.set_num_threads(1) # matrices this small are slower on two threads than on one
     run_demo(out, seed)
 
 # %% ../nbs/18_cli.ipynb #74d66cf4
