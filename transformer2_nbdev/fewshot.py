@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['draw', 'refit', 'best_first', 'Found', 'cem', 'beats', 'stop', 'score_all', 'check_search', 'show_search',
-           'draw_shots', 'curve', 'Shots', 'check_shots', 'Marks', 'mark', 'mark_rows', 'read_answers', 'judged',
-           'token_means', 'few_shot_scores', 'n_blocks', 'alphas', 'corners', 'variants', 'FewShot', 'show_progress',
-           'Strength', 'folds', 'held_back', 'select', 'shares', 'show_alphas']
+           'draw_shots', 'Shots', 'check_shots', 'Marks', 'mark', 'mark_rows', 'read_answers', 'judged', 'token_means',
+           'few_shot_scores', 'n_blocks', 'alphas', 'corners', 'variants', 'FewShot', 'show_progress', 'Strength',
+           'folds', 'held_back', 'select', 'curve', 'shares', 'show_alphas']
 
 # %% ../nbs/12_fewshot.ipynb #78970020
 import math
@@ -150,14 +150,6 @@ def draw_shots(task: Task,
     if n > len(pool): raise ValueError(f"too few shots: task {task.name!r} has {len(pool)} examples in split {split!r}, {n} were asked for")
     order = torch.randperm(len(pool), generator=torch.Generator().manual_seed(seed))[:n]
     return [pool[i] for i in order.tolist()]
-
-def curve(fit: Callable,               # (shots, seed) -> strategy
-          accuracy: Callable,          # strategy -> accuracy on test items
-          task: Task,
-          counts: tuple = (3, 5, 10, 20), seeds: tuple = (0, 1, 2), split: str = "train"
-         ) -> dict[int, list[float]]:  # {shots: [accuracy for each seed]}
-    "How much more do more shots give?"
-    return {n: [accuracy(fit(draw_shots(task, n, s, split), s)) for s in seeds] for n in counts}
 
 # %% ../nbs/12_fewshot.ipynb #a177e410
 class Shots:
@@ -385,17 +377,6 @@ def select(model: nn.Module, tokenizer, task: Task, shots: "list[dict] | Shots",
     return chosen
 
 # %% ../nbs/12_fewshot.ipynb #bacd47a5
-def draw_shots(task: Task,
-               n: int,                 # how many
-               seed: int = 0,          # which
-               split: str = "train"    # never the one that is tested on
-              ) -> list[dict]:         # the first n of one shuffled order: 3 shots are among the 5, the 5 among the 10
-    "A few examples of a task"
-    pool = task.examples(split)
-    if n > len(pool): raise ValueError(f"too few shots: task {task.name!r} has {len(pool)} examples in split {split!r}, {n} were asked for")
-    order = torch.randperm(len(pool), generator=torch.Generator().manual_seed(seed))[:n]
-    return [pool[i] for i in order.tolist()]
-
 def curve(fit: Callable,               # (shots, seed) -> strategy
           accuracy: Callable,          # strategy -> accuracy on test items
           task: Task,
