@@ -33,7 +33,9 @@ def same(a, b, **tol):
 
 def child(out, resume, kw, env=()):
     "A training run in a forked process; leaves 'error' beside the folder if it fails."
+    from accelerate import PartialState
     os.environ.update(env)
+    PartialState._reset_state()  # a fork inherits what other tests of this session told accelerate; a process of its own would start blank
     torch.set_num_threads(1)
     try: train(out, resume, **kw)
     except BaseException as e: Path(f"{out}.error").write_text(f"{type(e).__name__}: {e}"); os._exit(1)
