@@ -9,7 +9,7 @@ Marking means: answer every shot greedily and read the log-likelihood of its cor
     merged     candidate by candidate: PEFT's verbs (add_weighted_adapter, merge_adapter, unmerge_adapter, delete_adapter)
 
 All three run once per round, in turn, and a ratio is the median over rounds of (time / time of `batched` in the same round). The marks must
-agree before a time counts. Models are random Llamas with random experts, prompts are random tokens, the
+agree before a time counts. `lab` is lab base A with its experts of math, code and logic on unseen arithmetic; the other models are random Llamas with random experts, prompts are random tokens, the
 correct answers are those of a planted mixture; the candidates are the first generation of a search. Writes benchmarks/results/fewshot.json.
 """
 import argparse, json, statistics, sys, time
@@ -20,8 +20,10 @@ from peft import get_peft_model
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from transformer2_nbdev import lab
+from transformer2_nbdev.adapt import load_experts
 from transformer2_nbdev.adapter import SvfConfig, fused, mix_layer, mixture, svf_layers
-from transformer2_nbdev.fewshot import Shots, draw, mark, mark_rows
+from transformer2_nbdev.fewshot import Shots, draw, draw_shots, mark, mark_rows
 from transformer2_nbdev.rollout import generate
 from transformer2_nbdev.tasks import Task
 
@@ -55,6 +57,14 @@ def shots_for(m, vocab: int, n: int, tokens: int, g: torch.Generator) -> Shots:
     tok, prompts = tokenizer(vocab), [say(12) for _ in range(n)]
     with mixture(m, [.9, .1, .6], EXPERTS): said = generate(m, tok, prompts, tokens, temperature=0).texts
     return Shots(m, tok, task, [dict(prompt=p, answer=t) for p, t in zip(prompts, said)])
+
+
+def of_the_lab(n: int) -> tuple:
+    "Lab base A with its three experts and a spare adapter, and shots of its unseen arithmetic"
+    m, tok, tasks = lab.load("A")
+    m = load_experts(m, dict(zip(EXPERTS, (lab.experts("A")[e] for e in lab.TRAINED))))
+    m.add_adapter("spare", SvfConfig())
+    return m, Shots(m, tok, tasks["math-hard"], draw_shots(tasks["math-hard"], n), batch_size=1024)
 
 
 def together(parts: list) -> tuple: return tuple(torch.stack(x) for x in zip(*parts))
@@ -102,11 +112,14 @@ def main(a) -> dict:
     torch.set_num_threads(a.threads)
     out, began = {}, time.perf_counter()
     for size in a.sizes:
-        hidden, layers = map(int, size.split("x"))
         torch.manual_seed(a.seed)
         g = torch.Generator().manual_seed(a.seed)
-        m = model(hidden, layers, a.vocab, g)
-        shots, weights = shots_for(m, a.vocab, a.shots, a.tokens, g), draw(torch.full((3,), .5), torch.full((3,), .25), a.population, (0., 1.), g)
+        if size == "lab": m, shots = of_the_lab(a.shots)
+        else:
+            hidden, layers = map(int, size.split("x"))
+            m = model(hidden, layers, a.vocab, g)
+            shots = shots_for(m, a.vocab, a.shots, a.tokens, g)
+        weights = draw(torch.full((3,), .5), torch.full((3,), .25), a.population, (0., 1.), g)
         share = mark(shots, weights, EXPERTS).correct.float().mean().item()
         out[size] = dict(share_of_rows_correct=round(share, 3)) | compare(dict(batched=lambda: mark(shots, weights, EXPERTS), composed=lambda: composed(m, shots, weights),
                                  merged=lambda: merged(m, shots, weights)), a.rounds)
@@ -125,7 +138,7 @@ def limits(r: dict) -> list[tuple[str, float, float]]:
 
 if __name__ == "__main__":
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    p.add_argument("--sizes", nargs="+", default=["128x4", "512x4"], help="hidden width x layers; 128x4 is the lab's"); p.add_argument("--vocab", type=int, default=85)
+    p.add_argument("--sizes", nargs="+", default=["lab", "128x4", "512x4"], help="lab, or hidden width x layers of a random model"); p.add_argument("--vocab", type=int, default=85)
     p.add_argument("--population", type=int, default=32); p.add_argument("--shots", type=int, default=10); p.add_argument("--tokens", type=int, default=8)
     p.add_argument("--rounds", type=int, default=5); p.add_argument("--threads", type=int, default=1); p.add_argument("--seed", type=int, default=0)
     p.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "fewshot.json")

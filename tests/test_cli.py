@@ -150,9 +150,124 @@ def test_eval_with_and_without_an_expert(world, tmp_path, monkeypatch):
     assert r.exit_code == 2 and "no adapter_config.json" in r.stderr
 
 
+LAB = ["--model", "lab:A", "--experts", "lab:math", "lab:code", "lab:logic"]
+
+
+@pytest.fixture(scope="module")
+def experts(world, tmp_path_factory) -> Path:
+    "Two experts of the toy base, one of another base, one that diverged"
+    from peft import get_peft_model
+    from transformer2_nbdev.adapter import SvfConfig, svf_layers
+    d = tmp_path_factory.mktemp("experts")
+    for seed, name in ((0, "cats"), (0, "dogs"), (1, "strangers"), (0, "broken")):
+        m = get_peft_model(toy.base(seed), SvfConfig(target_modules="all-linear", init_weights=False))
+        if name == "broken": next(iter(svf_layers(m).values())).svf_z["default"].data[0] = float("nan")
+        m.save_pretrained(d / name)
+    (d / "ask.txt").write_text("the cat\na bird\n"); (d / "shots.jsonl").write_text('{"prompt": "the cat", "answer": "sees"}\n{"prompt": "a bird", "answer": "hears"}\n')
+    (d / "unsolved.jsonl").write_text('{"prompt": "the cat"}\n'); (d / "empty.jsonl").write_text('{"prompt": "the cat", "answer": ""}\n')
+    return d
+
+
+@pytest.mark.parametrize("strategy", ["prompt", "classifier", "fewshot"])
+def test_adapt_answers_a_file_with_every_strategy(tmp_path, strategy):
+    from transformer2_nbdev import lab
+    asked = [lab.tasks()[k].examples("test")[0]["prompt"] for k in ("math", "code", "logic")]
+    (tmp_path / "asked.txt").write_text("\n".join(asked) + "\n")
+    extra = dict(prompt=[], classifier=["--classifier", "lab:cls"], fewshot=["--task", "lab:math-hard", "--generations", 1])[strategy]
+    r = call(["adapt", *LAB, "--strategy", strategy, *extra, "--prompts", tmp_path / "asked.txt", "--out", tmp_path / "answers.jsonl"])
+    assert r.exit_code == 0, r.stderr
+    rows = [json.loads(l) for l in (tmp_path / "answers.jsonl").read_text().splitlines()]
+    assert [w["prompt"] for w in rows] == asked and all(list(w["weights"]) == ["math", "code", "logic"] and w["text"] for w in rows)
+    assert all(f"> {p}" in r.stdout for p in asked) and "█" in r.stdout
+    if strategy == "classifier": assert [max(w["weights"], key=w["weights"].get) for w in rows] == ["math", "code", "logic"] and all("boxed" in w["first"] for w in rows)
+    if strategy == "fewshot": assert rows[0]["weights"] == rows[2]["weights"] and "found on 10 shots" in r.stderr
+    before = (tmp_path / "answers.jsonl").read_text()
+    r = call(["adapt", *LAB, "--strategy", strategy, *extra, "--prompts", tmp_path / "asked.txt", "--out", tmp_path / "answers.jsonl"])
+    assert r.exit_code == 2 and "answers.jsonl exists" in r.stderr and (tmp_path / "answers.jsonl").read_text() == before
+
+
+def test_adapt_on_a_model_with_own_experts_shots_and_typed_prompts(world, experts):
+    args = ["adapt", "--model", world / "model", "--experts", experts / "cats", f"hounds={experts / 'dogs'}"]
+    r = call([*args, "--strategy", "fewshot", "--shots", experts / "shots.jsonl", "--generations", 1, "--max-new-tokens", 4], input="the cat\n\na bird\n")
+    assert r.exit_code == 0, r.stderr
+    assert r.stdout.count("cats ") == r.stdout.count("hounds ") == 2 and "> a bird" in r.stdout, "each typed prompt gets its bar; an empty line is no prompt"
+    r = call([*args, "--strategy", "fewshot", "--shots", experts / "shots.jsonl", "--reward", f"{world}/reward.py:dog", "--generations", 1, "--max-new-tokens", 4, "--prompts", experts / "ask.txt"])
+    assert r.exit_code == 0 and r.stdout.count("> ") == 2, r.stderr
+    r = call([*args, "--max-new-tokens", 4], input="cat " * 40 + "\nthe cat\n")
+    assert r.exit_code == 0 and "error: " in r.stderr, "a prompt that does not fit is named, and the conversation goes on"
+
+
+def test_adapt_warns_of_experts_of_another_base(world, experts):
+    r = shell(["adapt", "--model", world / "model", "--experts", experts / "strangers", "--prompts", experts / "shots.jsonl", "--strategy", "fewshot", "--shots", experts / "shots.jsonl",
+               "--generations", 1, "--max-new-tokens", 4])
+    assert r.returncode == 0 and "warning: adapter 'strangers' was made for a base with other weights" in r.stderr
+
+
+ADAPT = {
+    "no experts":        ([], ["--experts is missing"]),
+    "no folder":         (["{e}/nobody"], ["expert 'nobody': no adapter_config.json"]),
+    "different bases":   (["{e}/cats", "{e}/strangers"], ["'cats' and 'strangers' were trained on different bases"]),
+    "NaN":               (["{e}/broken"], ["'broken' holds NaN"]),
+    "named base":        (["base={e}/cats"], ["cannot be named 'base'"]),
+    "twice":             (["{e}/cats", "cats={e}/dogs"], ["two are named 'cats'"]),
+    "strategy":          (["{e}/cats", "--strategy", "magic"], ["choose prompt, classifier or fewshot"]),
+    "no classifier":     (["{e}/cats", "--strategy", "classifier"], ["needs --classifier"]),
+    "no shots":          (["{e}/cats", "--strategy", "fewshot"], ["needs solved examples"]),
+    "unsolved shots":    (["{e}/cats", "--strategy", "fewshot", "--shots", "{e}/unsolved.jsonl"], ["row 1: no field 'answer'"]),
+    "empty answer":      (["{e}/cats", "--strategy", "fewshot", "--shots", "{e}/empty.jsonl"], ["shot 0 has no answer"]),
+    "no prompts":        (["{e}/cats", "--prompts", "{e}/none.txt"], ["no file"]),
+    "out, no prompts":   (["{e}/cats", "--prompts", "", "--out", "{e}/x.jsonl"], ["give --prompts as well"]),
+    "no lab expert":     (["lab:math"], ["ships with no experts"]),
+}
+
+
+@pytest.mark.parametrize("name", ADAPT)
+def test_adapt_says_what_is_wrong_in_one_line(world, experts, name):
+    args, (message,) = ADAPT[name]
+    before = sorted(experts.rglob("*"))
+    r = call(["adapt", "--model", world / "model", "--prompts", experts / "ask.txt", *(["--experts"] if args else []), *[a.format(e=experts) for a in args]])
+    lines = [l for l in r.stderr.replace("\r", "\n").splitlines() if l.strip() and "%|" not in l]
+    assert r.exit_code == 2 and len(lines) == 1 and message in lines[0], (r.exit_code, r.stderr, r.exception)
+    assert sorted(experts.rglob("*")) == before
+
+
+def test_a_recipe_trains_an_expert_for_each_task_and_options_win(tmp_path):
+    recipe = dict(name="small", model="lab:A", tasks=["lab:math", "lab:code"], svf=dict(target_modules="mlp", parametrization="sigmoid", preserve_nuclear_norm=True, init_mean=.1, init_std=1e-3),
+                  reinforce=dict(steps=1, batch_size=8, lr=.002, schedule="cosine", max_grad_norm=1e-3, val_limit=8))
+    (tmp_path / "r.json").write_text(json.dumps(recipe))
+    r = call(["train", "--recipe", tmp_path / "r.json", "--out", tmp_path / "x", "--lr", "0.01"])
+    assert r.exit_code == 0, r.stderr
+    for task in ("lab-math", "lab-code"):
+        config = json.loads((tmp_path / "x" / task / "adapter_config.json").read_text())
+        training = json.loads((tmp_path / "x" / task / "result.json").read_text())["training"]
+        assert config["parametrization"] == "sigmoid" and config["preserve_nuclear_norm"] and training["parameters"] == 12 * 128
+        assert {k: training["config"][k] for k in ("steps", "batch_size", "lr", "schedule", "max_grad_norm")} == dict(steps=1, batch_size=8, lr=.01, schedule="cosine", max_grad_norm=1e-3)
+    r = call(["train", "--recipe", "gpt5", "--out", tmp_path / "y"])
+    assert r.exit_code == 2 and "no recipe 'gpt5'" in r.stderr
+    r = call(["train", "--recipe", tmp_path / "r.json", "--prompts", "p.txt", "--out", tmp_path / "y"])
+    assert r.exit_code == 2 and "brings its tasks" in r.stderr
+    r = call(["train", "--task", "lab:math", "--out", tmp_path / "y"])
+    assert r.exit_code == 2 and "--model is missing" in r.stderr and not (tmp_path / "y").exists()
+
+
+@pytest.mark.parametrize("name", ["llama3-8b", "mistral-7b", "llama3-70b"])
+def test_a_published_recipe_runs_end_to_end_on_a_tiny_model_of_its_architecture(tmp_path, name):
+    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformer2_nbdev import lab, paper
+    tiny = paper.recipe(name)["architecture"] | dict(vocab_size=len(lab.WORDS), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=8,
+                                                     max_position_embeddings=128, pad_token_id=0, bos_token_id=1, eos_token_id=2)
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(AutoConfig.for_model(**tiny)).save_pretrained(tmp_path / "model"); lab.tokenizer().save_pretrained(tmp_path / "model")
+    r = call(["train", "--recipe", name, "--model", tmp_path / "model", "--task", "lab:code", "--steps", 1, "--batch-size", 8, "--out", tmp_path / "x"])
+    assert r.exit_code == 0, r.stderr
+    training = json.loads((tmp_path / "x" / "result.json").read_text())["training"]
+    asked = paper.recipe(name)["reinforce"] | dict(steps=1, batch_size=8)
+    assert {k: training["config"][k] for k in asked} == asked
+
+
 def test_help_answers_at_once_in_a_real_shell():
     r = shell(["--help"])
-    assert r.returncode == 0 and all(w in r.stdout for w in ("train", "eval", "lab"))
+    assert r.returncode == 0 and all(w in r.stdout for w in ("train", "eval", "adapt", "lab"))
     r = subprocess.run([sys.executable, "-c", "import sys, transformer2_nbdev.cli; assert not {'torch', 'transformers', 'peft', 'matplotlib'} & set(sys.modules)"],
                        cwd=Path(__file__).resolve().parent.parent)
     assert r.returncode == 0, "nothing heavy is imported before a command runs"
@@ -168,11 +283,12 @@ def test_a_real_shell_sees_the_exit_code_and_the_line(world, tmp_path):
 def test_demo_in_small_makes_a_table_and_one_page(tmp_path, capsys):
     from transformer2_nbdev import cli, lab
     if not (lab.DATA / "A" / "config.json").exists(): pytest.skip("lab base A is not built")
-    small = dict(skills=("code",), asked=("code", "math-hard"), limit=40, steps=1, batch_size=16, val_limit=16)
+    small = dict(skills=("code",), asked=("code", "math-hard"), limit=40, steps=1, batch_size=16, val_limit=16, search=dict(generations=2, population=4))
     results = cli.run_demo(tmp_path / "demo", **small)
     said, page = capsys.readouterr().out, (tmp_path / "demo" / "report.html").read_text()
-    assert {t: set(by) for t, by in results.items()} == {t: {"base", "code"} for t in small["asked"]}
+    assert {t: set(by) for t, by in results.items()} == {"code": {"base", "code"}, "math-hard": {"base", "code", "prompt", "classifier", "few-shot"}}
+    assert said.index("paired p") < said.index("Adapting:") < said.index("few-shot")
     assert "paired p" in said and f"{100 * results['code']['base'].acc:.1f} (" in said
-    assert page.count("data:image/png;base64,") == 4 and page.count("<tr>") == 5 and "http" not in page
+    assert page.count("data:image/png;base64,") == 6 and page.count("<tr>") == 5 + 5 and "http" not in page
     assert (tmp_path / "demo" / "answers" / "math-hard" / "code" / "items.jsonl").is_file()
     assert cli.rows_of(cli.run_demo(tmp_path / "demo", **small)) == cli.rows_of(results), "a second run reads back what is there"
