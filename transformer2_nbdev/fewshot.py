@@ -139,7 +139,7 @@ def show_search(found: Found,
         ax.set(title=f"generation {g}", xlim=bounds, ylim=bounds, xticks=bounds, yticks=bounds)
     return fig
 
-# %% ../nbs/12_fewshot.ipynb #20ad276a
+# %% ../nbs/12_fewshot.ipynb #adb1c3f9
 def draw_shots(task: Task,
                n: int,                 # how many
                seed: int = 0,          # which
@@ -376,7 +376,7 @@ def select(model: nn.Module, tokenizer, task: Task, shots: "list[dict] | Shots",
     chosen.variant, chosen.validation = name, {n: tuple(s.tolist()) for n, s in scores.items()}
     return chosen
 
-# %% ../nbs/12_fewshot.ipynb #bacd47a5
+# %% ../nbs/12_fewshot.ipynb #097374a3
 def curve(fit: Callable,               # (shots, seed) -> strategy
           accuracy: Callable,          # strategy -> accuracy on test items
           task: Task,
