@@ -10,7 +10,7 @@ __all__ = ['app', 'lab_app', 'DEMO', 'SEARCH', 'HEAD', 'PAGE', 'options', 'fail'
            'ask_all', 'adapt_all', 'rows_of', 'as_text', 'knobs_of', 'draw_rewards', 'draw_bars', 'draw_knobs',
            'draw_spectra', 'draw_mixtures', 'picture', 'page_of', 'run_demo', 'demo', 'main']
 
-# %% ../nbs/18_cli.ipynb #1910ff9c
+# %% ../nbs/18_cli.ipynb #b8a168d4
 import os, sys
 from collections.abc import Callable
 from contextlib import contextmanager
@@ -19,7 +19,7 @@ from typing import Annotated
 
 import typer
 
-# %% ../nbs/18_cli.ipynb #92661545
+# %% ../nbs/18_cli.ipynb #c24cf83c
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None,
                   help="Transformer²: train, evaluate and mix experts that turn the singular values of a language model.")
 lab_app = typer.Typer(no_args_is_help=True, help="The lab: models small enough to see through.", rich_markup_mode=None)
@@ -29,7 +29,7 @@ app.add_typer(lab_app, name="lab")
 def options(debug: Annotated[bool, typer.Option("--debug", help="show the traceback of an error")] = False):
     os.environ["TRANSFORMER2_DEBUG"] = "1" if debug else ""
 
-# %% ../nbs/18_cli.ipynb #ff67de86
+# %% ../nbs/18_cli.ipynb #d1b6ae64
 def fail(e: BaseException, code: int):
     "One line on stderr, and out"
     lines = [l.strip() for l in str(e).splitlines() if l.strip()] or [type(e).__name__]
@@ -45,7 +45,7 @@ def told():
         if os.environ.get("TRANSFORMER2_DEBUG"): raise
         fail(e, 1 if isinstance(e, ArithmeticError) else 2)
 
-# %% ../nbs/18_cli.ipynb #e7e3fcba
+# %% ../nbs/18_cli.ipynb #fd01ed37
 def quiet() -> None:
     "No warnings and loading bars of other libraries between the user and the result; our own warning in one line"
     import warnings
@@ -74,7 +74,7 @@ def load_model(name: str, dtype: str = "auto", device: str | None = None) -> tup
     name = str(Path(name).expanduser()) if name.startswith("~") else name
     return AutoModelForCausalLM.from_pretrained(name, dtype=dtype).to(device).eval(), AutoTokenizer.from_pretrained(name)
 
-# %% ../nbs/18_cli.ipynb #515683f1
+# %% ../nbs/18_cli.ipynb #d9487d9e
 def check_names(model, names: list[str]) -> None:
     "PEFT accepts a list as soon as one name fits; a misspelt second name deserves a line as well"
     from transformer2_nbdev.adapter import linear_names
@@ -94,7 +94,7 @@ def targets_of(model, text: str | list[str]) -> str | list[str]:
     check_names(model, names)
     return names
 
-# %% ../nbs/18_cli.ipynb #4125d474
+# %% ../nbs/18_cli.ipynb #68e9d116
 def wrap(model, method: str, target_modules: str, rank: int | None, seed: int, **settings): # settings: more fields of the method's config
     "Dress a model for training"
     import torch
@@ -111,7 +111,7 @@ def wrap(model, method: str, target_modules: str, rank: int | None, seed: int, *
     if isinstance(names, str): raise ValueError("--method ia3 needs names or a shorthand in --target-modules, not a regular expression")
     return get_peft_model(model, IA3Config(target_modules=names, feedforward_modules=[n for n in names if is_target(n, "mlp")], task_type="CAUSAL_LM"))
 
-# %% ../nbs/18_cli.ipynb #3e855929
+# %% ../nbs/18_cli.ipynb #ad599fd6
 def task_of(task: str | None, data_dir: str | None, prompts: str | None, reward: str | None, max_new_tokens: int | None):
     "The task that the options describe"
     from transformer2_nbdev.tasks import from_files, get_task
@@ -124,7 +124,7 @@ def task_of(task: str | None, data_dir: str | None, prompts: str | None, reward:
     if not (prompts and reward): raise ValueError(f"--{'reward' if prompts else 'prompts'} is missing: give both --prompts and --reward")
     return from_files(prompts, reward, max_new_tokens=max_new_tokens or 256)
 
-# %% ../nbs/18_cli.ipynb #22fc3648
+# %% ../nbs/18_cli.ipynb #b5d0fe1d
 def only_fitting(task, model, tokenizer, max_new_tokens: int | None):
     "The task without the examples whose prompt leaves no room for an answer"
     from dataclasses import replace
@@ -140,14 +140,14 @@ def only_fitting(task, model, tokenizer, max_new_tokens: int | None):
         return kept
     return replace(task, examples=examples)
 
-# %% ../nbs/18_cli.ipynb #726eac16
+# %% ../nbs/18_cli.ipynb #fa85e9aa
 def says(history, out: str) -> str:
     "The result of a run in one line"
     r = history.result
     return (f"{r['task']}: {100 * r['training']['before']['val_accuracy']:.1f}% -> {100 * r['acc']:.1f}% ({100 * r['interval'][0]:.1f} to {100 * r['interval'][1]:.1f}) "
             f"of {r['n']} validation answers, seed {r['seed']}; kept step {history.best_step} of {r['training']['steps']} ({history.stopped}); expert in {out}")
 
-# %% ../nbs/18_cli.ipynb #1093c864
+# %% ../nbs/18_cli.ipynb #8bf10a8d
 @app.command()
 @told()
 def train(ctx: typer.Context,
@@ -181,7 +181,7 @@ def train(ctx: typer.Context,
     if model is None: raise ValueError("--model is missing: give a folder, a hub id or lab:A, or a --recipe that names one")
     run_training(model, task_of(task, data_dir, prompts, reward, max_new_tokens), out, resume, given, adapter, dtype, device, skip_long)
 
-# %% ../nbs/18_cli.ipynb #a3bbede5
+# %% ../nbs/18_cli.ipynb #9c1ea8af
 def run_training(name, task, out, resume, given, adapter, dtype, device, skip_long=False) -> None:
     "Check what is cheap to check, load, train, and say what came of it"
     quiet()
@@ -194,7 +194,7 @@ def run_training(name, task, out, resume, given, adapter, dtype, device, skip_lo
     history = train_expert(model, tokenizer, task, config, out, resume)
     if world()[0] == 0: typer.echo(says(history, out))
 
-# %% ../nbs/18_cli.ipynb #c9473a66
+# %% ../nbs/18_cli.ipynb #aa6c74af
 def given_by_hand(ctx: typer.Context) -> set: # names of options
     "Which options stand on the command line, as against their defaults"
     return {k for k in ctx.params if ctx.get_parameter_source(k).name == "COMMANDLINE"}
@@ -213,7 +213,7 @@ def follow(ctx, recipe, model, tasks, data_dir, out, resume, given, adapter, dty
         folder = Path(out) if len(tasks) == 1 else Path(out) / t.replace(":", "-")
         run_training(model, task_of(t, data_dir, None, None, None), folder, resume and folder.exists(), given, adapter, dtype, device, skip_long)
 
-# %% ../nbs/18_cli.ipynb #14709bdb
+# %% ../nbs/18_cli.ipynb #81526b91
 @app.command(name="eval")
 @told()
 def evaluate(model: Annotated[str, typer.Option(help="folder, hub id, or lab:A")],
@@ -242,7 +242,7 @@ def put_on(model, expert: str | None):
     if not (Path(expert) / "adapter_config.json").is_file(): raise FileNotFoundError(f"--expert {expert}: no adapter_config.json in it; give a folder that train wrote")
     return PeftModel.from_pretrained(model, expert).eval()
 
-# %% ../nbs/18_cli.ipynb #523cde67
+# %% ../nbs/18_cli.ipynb #151d836a
 def folders_of(model: str, experts: list[str]) -> dict: # {name: folder}
     "Experts as they stand on the command line"
     from transformer2_nbdev import lab
@@ -257,7 +257,7 @@ def folders_of(model: str, experts: list[str]) -> dict: # {name: folder}
     if not found: raise ValueError("--experts is missing: give one or more folders that train wrote")
     return found
 
-# %% ../nbs/18_cli.ipynb #d8e6538f
+# %% ../nbs/18_cli.ipynb #064309e0
 def wording_of(model: str, names: list[str]) -> dict: # arguments of Dispatch
     "How the model is asked which expert it needs"
     from transformer2_nbdev.prompt import GUIDES, question
@@ -265,7 +265,7 @@ def wording_of(model: str, names: list[str]) -> dict: # arguments of Dispatch
     guides = {n: GUIDES.get(n, f"it is a case for {n}") for n in names} | dict(others=GUIDES["others"])
     return dict(ask=lambda p: question(p, guides))
 
-# %% ../nbs/18_cli.ipynb #7c8a7af3
+# %% ../nbs/18_cli.ipynb #97adc5b0
 def ends_like(completion: str, example: dict) -> float: # +1 or -1
     "Right if the completion ends with the example's answer: a number by its value, words up to case and a final full stop"
     from transformer2_nbdev.tasks import judge_number
@@ -274,7 +274,7 @@ def ends_like(completion: str, example: dict) -> float: # +1 or -1
     except ValueError: return 1. if words(completion)[-len(words(gold)):] == words(gold) else -1.
     return 1. if judge_number(completion, gold).correct else -1.
 
-# %% ../nbs/18_cli.ipynb #afe42c2c
+# %% ../nbs/18_cli.ipynb #57b7d8ea
 def shots_of(shots: str | None, task: str | None, reward: str | None, data_dir: str | None, max_new_tokens: int | None, seed: int) -> tuple: # (task, shots)
     "Solved examples and how they are judged"
     from transformer2_nbdev.fewshot import draw_shots
@@ -284,7 +284,7 @@ def shots_of(shots: str | None, task: str | None, reward: str | None, data_dir: 
     if not shots: raise ValueError("--strategy fewshot needs solved examples: give --shots FILE.jsonl with a prompt and an answer in each line, or --task")
     return from_files(shots, reward or ends_like, max_new_tokens=max_new_tokens or 256), read_rows(shots, need=("prompt", "answer"))
 
-# %% ../nbs/18_cli.ipynb #717a31bf
+# %% ../nbs/18_cli.ipynb #9218b8db
 def strategy_of(how: str, model, tokenizer, name: str, experts: list[str], classifier: str | None, solved: Callable, select: bool, search: dict):
     "The strategy that --strategy names"
     if how == "fewshot":
@@ -301,7 +301,7 @@ def strategy_of(how: str, model, tokenizer, name: str, experts: list[str], class
     from transformer2_nbdev.classifier import Classifier
     return Classifier(model, tokenizer, labels, expert="__classifier__", folder=folders_of(name, [f"c={classifier}"])["c"], **wording)
 
-# %% ../nbs/18_cli.ipynb #8edc3b65
+# %% ../nbs/18_cli.ipynb #19972993
 def shown_answer(a, with_prompt: bool = True) -> str:
     "Prompt, weights and answer for a terminal"
     from transformer2_nbdev.adapt import bar, means
@@ -317,7 +317,7 @@ def converse(answer: Callable) -> None:
         try: typer.echo(shown_answer(answer(prompt), with_prompt=not sys.stdin.isatty()))
         except ValueError as e: typer.echo(f"error: {str(e).splitlines()[0]}", err=True)
 
-# %% ../nbs/18_cli.ipynb #9825a2b7
+# %% ../nbs/18_cli.ipynb #c078546c
 @app.command()
 @told()
 def adapt(model: Annotated[str, typer.Option(help="folder, hub id, or lab:A")],
@@ -349,7 +349,7 @@ def adapt(model: Annotated[str, typer.Option(help="folder, hub id, or lab:A")],
     if asked is None: converse(lambda p: two_pass(p, **options))
     else: write_answers(two_pass(asked, **options), out)
 
-# %% ../nbs/18_cli.ipynb #14d2ee34
+# %% ../nbs/18_cli.ipynb #d5e4e4f4
 def run_adapt(name, experts, how, batch_size, max_new_tokens, temperature, dtype, device) -> tuple: # (TwoPass, options of generate)
     "Load model and experts, and let the strategy get ready"
     folders = folders_of(name, experts)
@@ -371,7 +371,7 @@ def write_answers(answers, out: str | None) -> None:
     for a in answers: typer.echo(shown_answer(a))
     if out: write_atomic(Path(out), "".join(json.dumps(dict(prompt=a.prompt, text=a.text, weights=a.weights, first=a.first), ensure_ascii=False) + "\n" for a in answers))
 
-# %% ../nbs/18_cli.ipynb #d0df8ed1
+# %% ../nbs/18_cli.ipynb #1b33ac39
 @lab_app.command()
 @told()
 def build(name: Annotated[str, typer.Argument(help="a base, such as A; all of them if left out")] = None,
@@ -381,7 +381,7 @@ def build(name: Annotated[str, typer.Argument(help="a base, such as A; all of th
     from transformer2_nbdev import lab
     for n in [name] if name else lab.BASES: typer.echo(f"{n}: {lab.build(n, Path(out) / n if out and not name else out)}")
 
-# %% ../nbs/18_cli.ipynb #646b3997
+# %% ../nbs/18_cli.ipynb #7bf9d1e1
 DEMO = dict(steps=30, batch_size=192, rollout_batch=96, lr=1e-2, val_every=5, val_limit=300, patience=4)
 
 def train_skills(out: Path, seed: int, skills: tuple, **kw) -> dict: # {skill: History}
@@ -397,7 +397,7 @@ def train_skills(out: Path, seed: int, skills: tuple, **kw) -> dict: # {skill: H
         typer.echo(says(histories[skill], str(folder)))
     return histories
 
-# %% ../nbs/18_cli.ipynb #b5f18401
+# %% ../nbs/18_cli.ipynb #ef7e6d64
 def ask_all(out: Path, skills: tuple, asked: tuple, limit: int | None) -> dict: # {task: {"base" or skill: Result}}
     "The base and every expert on the same test prompts"
     from transformer2_nbdev import lab
@@ -410,7 +410,7 @@ def ask_all(out: Path, skills: tuple, asked: tuple, limit: int | None) -> dict: 
             results.setdefault(task, {})[name] = evaluate(model, tokenizer, tasks[task], limit=limit, batch_size=256, out=out / "answers" / task / name)
     return results
 
-# %% ../nbs/18_cli.ipynb #3c71525d
+# %% ../nbs/18_cli.ipynb #074e008d
 SEARCH = dict(generations=8, patience=3)
 
 def adapt_all(out: Path, skills: tuple, asked: tuple, limit: int | None, seed: int, **kw) -> tuple: # ({task: {strategy: Result}}, {task: weights})
@@ -430,7 +430,7 @@ def adapt_all(out: Path, skills: tuple, asked: tuple, limit: int | None, seed: i
             results.setdefault(task, {})[name] = evaluate(model, tokenizer, tasks[task], strategy, limit=limit, batch_size=256, out=out / "answers" / task / name)
     return results, found
 
-# %% ../nbs/18_cli.ipynb #2331939b
+# %% ../nbs/18_cli.ipynb #713cfacd
 def rows_of(results: dict) -> list[tuple]: # (task, model, n, accuracy, difference to the base, p), as text
     "A table of the demo"
     from transformer2_nbdev import lab
@@ -451,7 +451,7 @@ def as_text(rows: list[tuple]) -> str:
     line = lambda r: "  ".join(c.ljust(w) for c, w in zip(r, wide)).rstrip()
     return "\n".join([line(HEAD), line(tuple("-" * w for w in wide)), *map(line, rows)])
 
-# %% ../nbs/18_cli.ipynb #de05b30a
+# %% ../nbs/18_cli.ipynb #f496131b
 def knobs_of(folder: Path) -> dict: # {module: (z, S)}
     "z of a saved expert, and the singular values it scales"
     from transformer2_nbdev import adapter, lab
@@ -477,7 +477,7 @@ def draw_bars(results: dict):
     ax.set(xticks=range(len(results)), xticklabels=list(results), ylabel="% right", ylim=(0, 100)); ax.legend(frameon=False, ncols=len(names), loc="lower center", bbox_to_anchor=(.5, 1))
     return fig
 
-# %% ../nbs/18_cli.ipynb #40be42fe
+# %% ../nbs/18_cli.ipynb #32f07a00
 def draw_knobs(knobs: dict):
     "Root mean square of z - 1, matrix by matrix"
     from matplotlib.figure import Figure
@@ -500,7 +500,7 @@ def draw_spectra(knobs: dict):
         ax.set(title=f"{name}: {module.removeprefix('model.')}", xlabel="singular direction"); ax.title.set_fontsize(8); ax.legend(frameon=False)
     return fig
 
-# %% ../nbs/18_cli.ipynb #420884f6
+# %% ../nbs/18_cli.ipynb #e0d3e8ef
 def draw_mixtures(found: dict, skills: tuple):
     "Share of each expert in the mixtures found, as in the paper's Figure 7"
     from matplotlib.figure import Figure
@@ -509,7 +509,7 @@ def draw_mixtures(found: dict, skills: tuple):
     show_alphas(found, list(skills), ax=fig.subplots())
     return fig
 
-# %% ../nbs/18_cli.ipynb #76b26a17
+# %% ../nbs/18_cli.ipynb #9dc8e4ec
 PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><title>transformer2 demo</title>
 <style>body{{font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color:#222}}table{{border-collapse:collapse;font-size:.85rem}}
 td,th{{padding:.15rem .7rem;text-align:left;border-bottom:1px solid #ddd}}img{{max-width:100%}}figcaption{{color:#555;font-size:.9rem}}figure{{margin:1.5rem 0}}</style>
@@ -537,7 +537,7 @@ def page_of(histories: dict, results: dict, knobs: dict, adapted: dict, found: d
     table = lambda rs: "".join(f"<tr>{cells(r, 'td')}</tr>" for r in rows_of(rs))
     return PAGE.format(intro=intro, adapting=adapting, head=cells(HEAD, "th"), rows=table(results), more=table(adapted), figures="".join(picture(*f) for f in figures), mixtures="".join(picture(*f) for f in more))
 
-# %% ../nbs/18_cli.ipynb #ce98ed06
+# %% ../nbs/18_cli.ipynb #b951f50c
 def run_demo(out: str | Path, seed: int = 0, skills: tuple | None = None, asked: tuple | None = None, limit: int | None = None, search: dict | None = None,
              **kw) -> dict: # {task: {model or strategy: Result}}
     "Train, ask, adapt, compare, and write report.html; `kw` overrides settings of the training"
@@ -566,7 +566,7 @@ def demo(out: Annotated[str, typer.Option(help="folder for experts, answers and 
     torch.set_num_threads(1) # matrices this small are slower on two threads than on one
     run_demo(out, seed)
 
-# %% ../nbs/18_cli.ipynb #4c89a325
+# %% ../nbs/18_cli.ipynb #74d66cf4
 def main() -> None:
     "The `transformer2` command"
     app()

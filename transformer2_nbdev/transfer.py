@@ -44,7 +44,7 @@ def carry(d: torch.Tensor,             # (k,) d = z - 1 of one source matrix
 
 HOWS = ("ordered", "shuffled", "mean", "random", "resampled", "matched")
 
-# %% ../nbs/13_transfer.ipynb #6effae90
+# %% ../nbs/13_transfer.ipynb #0e2d5dfb
 def correspond(names: list[str],          # adapted matrices of the source
                target: nn.Module,         # bare model or PEFT model
                mapping: dict[str, str] | None = None # {source name: target name}; None: equal names
@@ -55,7 +55,10 @@ def correspond(names: list[str],          # adapted matrices of the source
     for n in names:
         if n not in mapping: raise ValueError(f"mapping says nothing about {n}: give it a target, or leave it out of the expert")
         if mapping[n] not in modules: raise ValueError(f"the target has no {mapping[n]} for the expert's {n}: give a mapping of names")
-    return {n: mapping[n] for n in names}
+    where = {n: mapping[n] for n in names}
+    if twice := sorted(t for t in set(where.values()) if list(where.values()).count(t) > 1):
+        raise ValueError(f"mapping sends {sum(t == twice[0] for t in where.values())} matrices to {twice[0]}: a matrix has one set of knobs, give each its own")
+    return where
 
 # %% ../nbs/13_transfer.ipynb #9abe49fe
 def transfer(expert: str,            # adapter name on `source`
