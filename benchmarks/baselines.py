@@ -14,15 +14,16 @@ on 1,002 questions of the own skill, its unseen cousin, and the two other skills
 
 Every finished run is a small file in FOLDER, and an interrupted benchmark goes on from there; the record is benchmarks/results/baselines.json.
 """
-import argparse, json, platform, random, resource, statistics, subprocess, sys, tempfile, time
+import argparse, json, random, resource, statistics, subprocess, sys, tempfile, time
 from dataclasses import replace
 from pathlib import Path
 
-import peft, torch, transformers
+import torch, transformers
 from peft import IA3Config, LNTuningConfig, LoraConfig, TinyLoraConfig, get_peft_model
 
+from pieces import Work, about
 from transformer2_nbdev import lab
-from transformer2_nbdev.adapter import SvfConfig, mixture, resolve_targets
+from transformer2_nbdev.adapter import SvfConfig, resolve_targets
 from transformer2_nbdev.evaluate import evaluate, paired, write_atomic
 from transformer2_nbdev.reinforce import Diverged, ReinforceConfig, sft, train_expert
 from transformer2_nbdev.svf import is_target
@@ -77,19 +78,6 @@ def against(base, results):
     "What is kept of an evaluation: counts, and the paired difference to the base"
     return {n: dict(correct=r.correct, n=r.n, gained=p.gained, lost=p.lost, low=round(p.low, 4), high=round(p.high, 4), p=float(f"{p.p:.3g}"))
             for n, r in results.items() for p in [paired(base[n], r)]}
-
-
-class Work:
-    "Finished pieces as files"
-    def __init__(self, folder): self.folder = Path(folder); self.folder.mkdir(parents=True, exist_ok=True)
-
-    def do(self, key, make):
-        path = self.folder / f"{key}.json"
-        if not path.is_file():
-            began = time.perf_counter()
-            write_atomic(path, json.dumps(make()) + "\n")
-            print(f"{time.strftime('%H:%M:%S')} {key} {time.perf_counter() - began:.0f} s {path.read_text()[:150].strip()}", flush=True)
-        return json.loads(path.read_text())
 
 
 def tune(work, method, loss, modules):
@@ -212,8 +200,7 @@ def main(a):
         for loss in ("REINFORCE", "next-token"):
             for modules in ("attention", "mlp"): record["rows"] += table(work, base, loss, modules, two)
     if "cost" in a.parts: record["cost"] = work.do("cost", cost)
-    record |= dict(seconds=round(time.perf_counter() - began), processor=platform.processor() or platform.machine(), threads=1,
-                   versions=dict(python=platform.python_version(), torch=torch.__version__, transformers=transformers.__version__, peft=peft.__version__))
+    record |= dict(seconds=round(time.perf_counter() - began)) | about()
     write_atomic(a.out, json.dumps(record) + "\n")
 
 
