@@ -1,6 +1,6 @@
 """When does an expert survive a change of model, and when does the order of its numbers matter?
 
-    python benchmarks/transfer.py [--parts carry train stability shuffles mix home --out benchmarks/results/transfer.json --work /tmp/t2-transfer]
+    python benchmarks/transfer.py [--parts carry train stability shuffles mix home --out benchmarks/results/transfer.json --work runs/transfer]
 
 The experts that ship with lab base A (math, code, logic; seed 0) are carried to three other bases. Everything is answered greedily on the 1,002
 test items of a task and compared with the target's own base item by item. Six parts, each usable without the later ones:
@@ -257,6 +257,6 @@ if __name__ == "__main__":
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     p.add_argument("--parts", nargs="+", default=PARTS, choices=PARTS)
     p.add_argument("--shot-seeds", type=int, default=3); p.add_argument("--shuffles", type=int, default=20)
-    p.add_argument("--work", type=Path, default=Path("/tmp/t2-transfer"), help="finished evaluations, snapshots and trained experts")
+    p.add_argument("--work", type=Path, default=Path("runs/transfer"), help="finished evaluations, snapshots and trained experts")
     p.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "transfer.json")
     main(p.parse_args())
