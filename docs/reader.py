@@ -12,7 +12,7 @@ from typing import NamedTuple
 import nbformat
 
 ROOT = Path(__file__).resolve().parent.parent
-PARTS = {0: "The method", 3: "The workshop", 8: "Training", 9: "Adapting", 14: "Evidence", 17: "In practice"}   # part -> its first room
+PARTS = {0: "The idea", 5: "Learning", 10: "Adapting", 14: "Findings", 17: "The real world"}   # part -> its first room
 
 RE_DIRECTIVE = re.compile(r"^[ \t]*#\|[ \t]*([\w-]+)[ \t]*:?[ \t]*(.*?)[ \t]*$", re.M)
 RE_CALLOUT = re.compile(r"""^(:{3,})[ ]*\{\.callout-(\w+)(?:[ ]+title=["'](.*?)["'])?[^}\n]*\}[ ]*\n(?:\s*\#+ (.+)\n)?""", re.M)
