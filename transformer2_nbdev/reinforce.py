@@ -571,7 +571,7 @@ def plot_history(history: History, ax=None):
 
 # %% ../nbs/09_reinforce.ipynb #2a5d23f7
 def record(run: Run, stopped: str, items: list): # an evaluate.Result
-    "The validation of the kept z as room 07 would write it, with the story of the run beside it"
+    "The validation of the kept z as room 08 would write it, with the story of the run beside it"
     c, (samples, temperature) = run.config, val_plan(run.config, len(run.validation))
     settings = dict(task=run.task.name, split="validation", questions=len(run.validation), model=inner(run.model).config.name_or_path or type(inner(run.model)).__name__,
                     seed=c.seed, temperature=temperature, samples=samples, max_new_tokens=c.max_new_tokens or run.task.max_new_tokens)
