@@ -36,7 +36,7 @@ html_sidebars = {"**": ["navbar-logo.html", "search-button-field.html", "rooms.h
 html_context = {
     "default_mode": "light",
     "book_description": s["description"],
-    "book_parts": [(part, [(r.doc, r.number, r.name, r.caption) for r in group]) for part, group in groupby(book, lambda r: r.part)],
+    "book_parts": [(part, list(group)) for part, group in groupby(book, lambda r: r.part)],
 }
 html_theme_options = {
     "repository_url": s["git_url"], "repository_branch": s["branch"], "path_to_docs": "",
