@@ -18,7 +18,7 @@ RE_DIRECTIVE = re.compile(r"^[ \t]*#\|[ \t]*([\w-]+)[ \t]*:?[ \t]*(.*?)[ \t]*$",
 RE_CALLOUT = re.compile(r"""^(:{3,})[ ]*\{\.callout-(\w+)(?:[ ]+title=["'](.*?)["'])?[^}\n]*\}[ ]*\n(?:\s*\#+ (.+)\n)?""", re.M)
 RE_ROOM_LINK = re.compile(r"\[([^\]]+)\]\((?:\.\./|nbs/|\./)*((?:\d\d_\w+|index)\.ipynb)(#[\w-]+)?\)")
 RE_PAPER = re.compile(r"^(?=>[^\n]{0,40}\bpaper\b)", re.I | re.M)
-RE_NAME = re.compile(r"(?<![\[`\w])`(?:transformer2_nbdev\.)?([A-Za-z_][\w.]*)(?:\(\))?`(?![\]`])")
+RE_NAME = re.compile(r"(?<![\[`\w])`(?:transformer2_nbdev\.)?([A-Za-z_][\w.]*)(\(\))?`(?![\]`])")
 
 
 @cache
@@ -135,11 +135,12 @@ def rooms() -> list:
 # --- prose
 
 def link_names(text: str, room: Room, known: dict) -> str:
-    "Turn `name` and `module.name` in prose into links to where the book defines them."
+    "Turn `module.name`, and `name` where nothing else can be meant, into links to where the book defines them."
     own = {e.name: e.label for e in room.exports} if room else {}
     def one(m):
-        name = m[1]
-        label = own.get(name) or known.get(name)
+        name, called = m[1], bool(m[2])
+        meant = called or "_" in name or name != name.lower()      # `dense` and `generate` are also words, and other libraries' names
+        label = known.get(name) or (own.get(name) if meant else None)
         return f"[{m[0]}](#{label})" if label else m[0]
     out, fenced = [], False
     for line in text.split("\n"):
@@ -254,7 +255,7 @@ def contents(all_rooms: list) -> str:
     out = []
     for part, group in groupby(all_rooms, lambda r: r.part):
         rows = [f"| [{r.number:02d} {r.title}](nbs/{r.path.name}) | {f'`{r.module}`' if r.module else '–'} | {r.subtitle} |" for r in group]
-        out.append("\n".join([f"### {part.name}: {part.caption}", "", "| room | module | |", "|---|---|---|", *rows]))
+        out.append("\n".join([f"### {part.name}", "", f"*{part.caption[0].upper()}{part.caption[1:]}.*", "", "| room | module | |", "|---|---|---|", *rows]))
     return "\n\n".join(out)
 
 
