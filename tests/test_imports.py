@@ -8,7 +8,7 @@ ROOT = Path(__file__).resolve().parent.parent
 LIB = "transformer2_nbdev"
 GENERATED = {"__init__", "_modidx"}
 ONLY = {"svd": {"torch"}, "svf": {"torch"}}                              # third parties a module may import, anywhere outside a function
-NEVER = {"sandbox": {"torch"}, "tasks": {"torch"}}                       # not even inside one
+NEVER = {m: {"torch"} for m in ("sandbox", "tasks", "verifiers", "benchmarks")}                       # not even inside one
 ADAPTATION = {"adapt", "prompt", "classifier", "fewshot", "transfer"}    # these work from saved experts alone
 TOOLS = {"fastcore", "nbdev", "execnb", "IPython", "ipykernel", "nbconvert"}
 
