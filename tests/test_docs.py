@@ -6,6 +6,7 @@ import functools, http.server, json, os, re, shutil, subprocess, sys, threading,
 from pathlib import Path
 from urllib.parse import unquote, urldefrag, urlsplit
 
+import numpy as np
 import pytest
 from reader import RE_CALLOUT, callout, directives, link_names, markdown, read, rooms
 from readme import readme
@@ -220,6 +221,37 @@ def test_nothing_is_clipped(site, address, width, tmp_path):
             clipped += [f"{page}: {w}" for w in s["wide"]] + ([f"{page} scrolls sideways by {s['page']} px"] if s["page"] > 1 else [])
     finally: browser.close()
     assert count > 500 and not clipped, f"{len(clipped)} of {count} clipped at {width} px:\n" + "\n".join(clipped[:40])
+
+
+PIXELS = """
+const press = name => [...document.querySelectorAll(".live-svd button")].find(b => b.textContent.startsWith(name)).click();
+const look = () => { const c = document.querySelector(".live-svd canvas"), d = c.getContext("2d").getImageData(0, 0, c.width, c.height).data;
+  return {width: c.width, grey: [...d].filter((_, i) => i % 4 == 0), says: document.querySelector(".live-svd output").textContent}; };
+const seen = {base: look()};
+press("the first three"); seen.three = look();
+const first = document.querySelector(".live-svd input");
+press("base"); first.value = 0.5; first.dispatchEvent(new Event("input")); seen.half = look();
+press("base"); seen.again = look();
+arguments[0](seen);
+"""
+
+
+def test_the_live_figure_computes_what_it_says(address, tmp_path):
+    "The picture under the sliders against numpy's SVD of the picture at z = 1."
+    need_browser()
+    browser = Browser(tmp_path / "profile")
+    try:
+        browser.open(f"{address}/index.html")
+        seen = browser.run(PIXELS)
+    finally: browser.close()
+    W = {k: np.array(v["grey"], float).reshape(-1, v["width"]) for k, v in seen.items()}
+    U, S, Vh = np.linalg.svd(W["base"], full_matrices=False)
+    for name, z in dict(three=np.arange(len(S)) < 3, half=np.where(np.arange(len(S)) == 0, .5, 1)).items():
+        want = np.clip((U * S * z) @ Vh, 0, 255)
+        assert np.abs(W[name] - want).max() < 3, f"{name}: {np.abs(W[name] - want).max()} grey levels off"      # the base was rounded to 256 levels
+        share = np.sqrt((((z - 1) * S) ** 2).sum() / (S ** 2).sum())
+        assert abs(float(seen[name]["says"].split("=")[1]) - share) < .003
+    assert (W["again"] == W["base"]).all() and np.ptp(W["base"]) > 200
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
