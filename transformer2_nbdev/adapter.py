@@ -9,8 +9,8 @@ __all__ = ['SHORTHANDS', 'FAMILIES', 'OFFICIAL_FILES', 'OFFICIAL_KEY', 'SvfType'
            'merged_weight', 'SvfLayer', 'reset_z', 'Mergeable', 'SvfLinear', 'svf_layers', 'zs', 'mix_layer',
            'check_mixture', 'layer_rows', 'mixture', 'mixed_batch', 'check_fused', 'can_fuse', 'fused',
            'average_gradients', 'add_weighted_adapter', 'base_tag', 'shape_tag', 'check_shapes', 'check_weights',
-           'base_tags', 'record_of', 'new_layer', 'SvfModel', 'official_names', 'read_official', 'by_name',
-           'check_vectors', 'load_official', 'export_official']
+           'base_tags', 'record_of', 'new_layer', 'name_fault', 'safe_name', 'check_name', 'SvfModel', 'official_names',
+           'read_official', 'by_name', 'check_vectors', 'load_official', 'export_official']
 
 # %% ../nbs/02_adapter.ipynb #eb958fd0
 import copy, re, warnings
@@ -489,6 +489,7 @@ def add_weighted_adapter(self: "SvfModel",
                         ) -> None:
     "Add the mixture of several experts as a new, linear SVF adapter"
     if adapter_name in self.peft_config: return
+    check_name(adapter_name)
     if len(adapters) != len(weights): raise ValueError(f"{len(adapters)} adapters but {len(weights)} weights: give one weight per adapter")
     layers, alpha, adapters = check_mixture(self, weights, adapters, combination_type)
     targets = [self.peft_config[a].target_modules for a in adapters]
@@ -547,6 +548,31 @@ def new_layer(target: nn.Module, name: str, config: SvfConfig, key: str) -> SvfL
     if isinstance(base, (nn.Linear, Conv1D)) or resolve_quantization_backend(base): return SvfLinear(target, name, config)
     raise ValueError(f"Target module {key} is a {type(target).__name__}: SVF adapts nn.Linear and Conv1D, name such layers in target_modules")
 
+# %% ../nbs/02_adapter.ipynb #2d46d4a5
+def name_fault(name: str) -> str: # the reason, or "" where there is none
+    "What speaks against a name: torch's words, PEFT's, and what a folder cannot be called"
+    if not isinstance(name, str) or not name: return "a name is text"
+    odd = [c for c in name if c in "./\\=" or not c.isprintable()]
+    if odd: return f"it holds {odd[0]!r}"
+    if name != name.strip(): return "it starts or ends with a space"
+    if len(name.encode()) > 200: return "it is too long for a folder"
+    if name == "__base__": return "PEFT calls the base so"
+    if name in "svf_": return "PEFT would take it for a part of the prefix 'svf_'"
+    taken = hasattr(nn.ParameterDict(), name) or hasattr(nn.ModuleDict(), name)
+    return "torch's modules use that word" if taken else ""
+
+def safe_name(text: str) -> str:
+    "The nearest name that an adapter can have"
+    kept = "".join("_" if c in "./\\=" else c for c in text if c.isprintable())
+    name = kept.encode()[:200].decode(errors="ignore").strip() or "adapter"
+    return f"{name}_adapter" if name_fault(name) else name
+
+def check_name(name: str) -> None: # raises ValueError
+    "Refuse a name that torch, PEFT or the file system would stumble over"
+    if fault := name_fault(name):
+        remedy = f"; call it {safe_name(name)!r}" if isinstance(name, str) else ""
+        raise ValueError(f"an adapter cannot be named {name!r}: {fault}{remedy}")
+
 # %% ../nbs/02_adapter.ipynb #a162e7a6
 class SvfModel(BaseTuner):
     "A model dressed with SVF layers (made by `peft.get_peft_model`)"
@@ -560,6 +586,7 @@ class SvfModel(BaseTuner):
 
     def inject_adapter(self, model, adapter_name, *args, **kwargs):
         "PEFT's entry point, with a check of the base before and after"
+        check_name(adapter_name)
         config = self.peft_config[adapter_name]
         made_for = record_of(config)
         check_shapes(adapter_name, made_for, model)

@@ -6,8 +6,8 @@
 __all__ = ['SOURCES', 'SYSTEM', 'SKILLS', 'TASKS', 'Verdict', 'Task', 'render', 'answer_region', 'numbers', 'boxed',
            'final_number', 'judge_number', 'tidy_latex', 'math_equal', 'math_answer', 'judge_math', 'stated_choice',
            'judge_choice', 'find_code', 'complete_function', 'judge_code', 'called_names', 'vqa_normalise',
-           'vqa_accuracy', 'judge_vqa', 'read_rows', 'Source', 'ask_code', 'ask_function', 'ask_choice', 'judge_skill',
-           'register', 'get_task', 'judge_all', 'load_function', 'from_files']
+           'vqa_accuracy', 'judge_vqa', 'read_text', 'read_rows', 'Source', 'ask_code', 'ask_function', 'ask_choice',
+           'judge_skill', 'register', 'get_task', 'judge_all', 'load_function', 'from_files']
 
 # %% ../nbs/05_tasks.ipynb #9add32b0
 import ast, importlib.util, json, math, os, random, re, selectors, subprocess, sys, threading, warnings
@@ -529,13 +529,19 @@ def judge_vqa(completion: str, annotators: list) -> Verdict:
     return Verdict(1. if acc >= .5 else -.1, acc >= .5, said, gold, f"VQA accuracy {acc:.2f}: {annotators.count(gold)} of {len(annotators)} people said {gold!r}", acc)
 
 # %% ../nbs/05_tasks.ipynb #82dac9da
+def read_text(path: "str | Path") -> str:
+    "A file as text: UTF-8, less the byte-order marks that some editors put in front"
+    try: text = Path(path).read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError: raise ValueError(f"{path} is not UTF-8 text: save it as UTF-8") from None
+    return re.sub(r"(?m)^\ufeff+", "", text)
+
 def read_rows(path: "str | Path",     # .jsonl, .json (a list of objects), or .txt (one prompt a line)
               need: tuple = (),       # fields every row must have
              ) -> list:               # of dicts
     "Read a file of examples; a broken row is named by file and row number, counted from 1."
     path = Path(path)
     if not path.is_file(): raise FileNotFoundError(f"no file {path}")
-    text = path.read_text(encoding="utf-8")
+    text = read_text(path)
     if path.suffix == ".json": rows = enumerate(_list(_json(text, path, None), path), 1)
     else: rows = ((i, line) for i, line in enumerate(text.split("\n"), 1) if line.strip())
     return [_row(line, i, path, need) for i, line in rows]
