@@ -181,7 +181,7 @@ BAD = {
     "no data":           (dict(prompts=None), "--prompts is missing"),
     "task and prompts":  (dict(task="gsm8k"), "give either --task, or both"),
     "unknown task":      (dict(task="chess", prompts=None, reward=None), "unknown task 'chess'"),
-    "unknown lab task":  (dict(task="lab:chess", prompts=None, reward=None), "the lab has math"),
+    "unknown lab task":  (dict(task="lab:chess", prompts=None, reward=None), "unknown task 'lab:chess'; there are"),
     "full folder":       (dict(out="{d}/full"), "is not empty"),
     "out is a file":     (dict(out="{d}/reward.py"), "is a file"),
     "nothing to resume": (dict(resume=True), "nothing to resume"),
