@@ -24,8 +24,9 @@ from torch import distributed as dist, nn
 from tqdm.auto import tqdm
 
 from .adapter import svf_layers
+from .evaluate import (base_name, item_id, licence_of, make_result, model_card,
+                                         peak_memory, save, versions, write_atomic)
 from .fused import can_fuse, check_fused, fused
-from .evaluate import item_id, make_result, peak_memory, save, versions, write_atomic
 from .rollout import (Rollouts, check_room, encode, entropy, eos_ids, forked_rng, inner, items_of, pad_id, pad_left, rollout,
                                         token_logprobs, vocab_logprobs)
 from .tasks import Task, render
@@ -440,7 +441,9 @@ def save_adapter(run: Run, values: dict, folder: str = ".") -> None:
         with tempfile.TemporaryDirectory(dir=run.out) as tmp:
             run.model.save_pretrained(tmp, selected_adapters=[name], save_embedding_layers=False)
             (run.out / folder).mkdir(exist_ok=True)
-            for f in sorted((Path(tmp) / ("" if name == "default" else name)).iterdir()): os.replace(f, run.out / folder / f.name)
+            made = Path(tmp) / ("" if name == "default" else name)
+            for f in sorted(made.iterdir()):
+                if f.name != "README.md": os.replace(f, run.out / folder / f.name)   # PEFT's card is blank
     finally: restore(run, now)
 
 # %% ../nbs/09_reinforce.ipynb #f797a123
@@ -573,14 +576,22 @@ def plot_history(history: History, ax=None):
 # %% ../nbs/09_reinforce.ipynb #2a5d23f7
 def record(run: Run, stopped: str, items: list): # an evaluate.Result
     "The validation of the kept z as room 08 would write it, with the story of the run beside it"
-    c, (samples, temperature) = run.config, val_plan(run.config, len(run.validation))
-    settings = dict(task=run.task.name, split="validation", questions=len(run.validation), model=inner(run.model).config.name_or_path or type(inner(run.model)).__name__,
-                    seed=c.seed, temperature=temperature, samples=samples, max_new_tokens=c.max_new_tokens or run.task.max_new_tokens)
-    training = dict(method=str(run.model.active_peft_config.peft_type.value), parameters=sum(p.numel() for p in run.params.values()), config=asdict(c),
-                    before={k: v for k, v in run.metrics[0].items() if k != "step"}, reward=mean([i["reward"] for i in items]), best_step=best_step(run), steps=run.step, stopped=stopped)
-    facts = dict(command=shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]), versions=versions(), seconds=round(run.seconds, 3),
-                 peak_memory_mb=peak_memory(inner(run.model).device), processes=world()[1])
-    return make_result([dict(id=item_id(i["prompt"], i["gold"])) | i for i in items], settings | dict(training=training), facts)
+    c, n, base = run.config, len(run.validation), inner(run.model)
+    samples, temperature = val_plan(c, n)
+    settings = dict(task=run.task.name, split="validation", questions=n, seed=c.seed,
+                    model=base.config.name_or_path or type(base).__name__, base=base_name(base),
+                    licence=licence_of(base_name(base)), temperature=temperature, samples=samples,
+                    max_new_tokens=c.max_new_tokens or run.task.max_new_tokens)
+    training = dict(method=str(run.model.active_peft_config.peft_type.value),
+                    parameters=sum(p.numel() for p in run.params.values()), config=asdict(c),
+                    before={k: v for k, v in run.metrics[0].items() if k != "step"},
+                    reward=mean([i["reward"] for i in items]), best_step=best_step(run),
+                    steps=run.step, stopped=stopped)
+    facts = dict(command=shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]), versions=versions(),
+                 seconds=round(run.seconds, 3), peak_memory_mb=peak_memory(base.device),
+                 processes=world()[1])
+    items = [dict(id=item_id(i["prompt"], i["gold"])) | i for i in items]
+    return make_result(items, settings | dict(training=training), facts)
 
 # %% ../nbs/09_reinforce.ipynb #3175d383
 def finish(run: Run, stopped: str) -> History:
@@ -595,6 +606,7 @@ def finish(run: Run, stopped: str) -> History:
     history.result = result.to_json()
     if run.out is not None and not world()[0]:
         write(run.out / "reward.png", lambda path: plot_history(history).figure.savefig(path, format="png", dpi=90))
+        write_atomic(run.out / "README.md", model_card(history.result))
         save(result, run.out)
     return history
 
