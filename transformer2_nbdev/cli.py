@@ -116,10 +116,6 @@ def task_of(task: str | None, data_dir: str | None, prompts: str | None, reward:
     "The task that the options describe"
     from transformer2_nbdev.tasks import from_files, get_task
     if bool(task) == bool(prompts or reward): raise ValueError("give either --task, or both --prompts and --reward")
-    if task and task.startswith("lab:"):
-        from transformer2_nbdev import lab
-        if task[4:] not in lab.tasks(): raise ValueError(f"--task {task}: the lab has {', '.join(lab.tasks())}")
-        return lab.tasks()[task[4:]]
     if task: return get_task(task, data_dir)
     if not (prompts and reward): raise ValueError(f"--{'reward' if prompts else 'prompts'} is missing: give both --prompts and --reward")
     return from_files(prompts, reward, max_new_tokens=max_new_tokens or 256)
@@ -268,7 +264,7 @@ def wording_of(model: str, names: list[str]) -> dict: # arguments of Dispatch
 # %% ../nbs/24_cli.ipynb #97adc5b0
 def ends_like(completion: str, example: dict) -> float: # +1 or -1
     "Right if the completion ends with the example's answer: a number by its value, words up to case and a final full stop"
-    from transformer2_nbdev.tasks import judge_number
+    from transformer2_nbdev.verifiers import judge_number
     gold, words = str(example["answer"]).strip(), lambda t: t.casefold().strip().rstrip(".").split()
     try: float(gold.replace(",", ""))
     except ValueError: return 1. if words(completion)[-len(words(gold)):] == words(gold) else -1.

@@ -26,7 +26,8 @@ from torch import distributed as dist, nn
 from torch.nn.functional import pad
 from tqdm.auto import tqdm
 
-from .adapter import can_fuse, check_fused, fused, svf_layers
+from .adapter import svf_layers
+from .fused import can_fuse, check_fused, fused
 from .evaluate import (item_id, make_result, peak_memory, save, versions,
                                          write_atomic)
 from .rollout import (Rollouts, check_room, encode, entropy, eos_ids, forked_rng,
@@ -59,7 +60,7 @@ def kl_per_token(logp: torch.Tensor,  # (..., V) log-probabilities of the policy
     if of == "policy": return (logp.exp() * (logp - ref)).sum(-1)
     return (ref.exp() * (ref - logp)).sum(-1)
 
-# %% ../nbs/09_reinforce.ipynb #35941c42
+# %% ../nbs/09_reinforce.ipynb #268cfed2
 def kl_to_go(kl: torch.Tensor  # (B, T), 0 after the end of each answer
             ) -> torch.Tensor: # (B, T)
     "The divergence at all places after each place: what the choice made there leads to"
@@ -149,7 +150,7 @@ class ReinforceConfig(AskConfig, ObjectiveConfig):
     lr: float = 1e-2                 # peak learning rate of AdamW
     warmup: int = 0                  # steps over which it rises
     schedule: str = "constant"       # "constant", or "cosine" down to 0
-    weight_decay: float = 0.         # pulls a linear z toward 0, which is not the base
+    weight_decay: float = 0.         # pulls d = z - 1 toward 0, which is the base
     max_grad_norm: float = 1.        # clip the gradient to this norm; None leaves it alone
     micro_batch: int = None          # rows per forward and backward pass; None: rollout_batch
     fused: bool | str = "auto"       # SVF on dense W' within a step: True, False, or "auto", when
@@ -196,7 +197,7 @@ def check_config(c: ReinforceConfig) -> None: # raises ValueError naming the fie
             raise ValueError(f"{k}={x}: must be above {low}")
     check_sampling(c)
 
-# %% ../nbs/09_reinforce.ipynb #451198ba
+# %% ../nbs/09_reinforce.ipynb #c87ef912
 def check_sampling(c: ReinforceConfig) -> None: # raises ValueError naming the field
     "What is wrong only in combination: batch, samples, advantage and temperature"
     hot = c.temperature if c.val_temperature is None else c.val_temperature
@@ -241,7 +242,7 @@ class Run:
     @property
     def tokens(self) -> int: return self.config.max_new_tokens or self.task.max_new_tokens
 
-# %% ../nbs/09_reinforce.ipynb #c5f5d801
+# %% ../nbs/09_reinforce.ipynb #2ca29ee3
 def snapshot(run: Run) -> dict: # {name: tensor}, copies
     "The trained parameters as they are"
     return {n: p.detach().clone() for n, p in run.params.items()}
@@ -301,7 +302,7 @@ def exchange(work: Callable) -> list: # what `work` returned in each process
         if isinstance(r, Exception): raise r
     return everyone
 
-# %% ../nbs/09_reinforce.ipynb #ffa888ea
+# %% ../nbs/09_reinforce.ipynb #a032b1b0
 def sum_gradients(params: list[nn.Parameter]) -> None:
     "Add up .grad over all processes"
     for p in params:
@@ -472,7 +473,7 @@ def validate(run: Run, eval_fn: Callable | None = None) -> tuple[dict, list]: # 
     if eval_fn is not None: m["val_score"] = float(eval_fn(run.model, run.tokenizer))
     return m, seen["item"]
 
-# %% ../nbs/09_reinforce.ipynb #ab072381
+# %% ../nbs/09_reinforce.ipynb #8bb3d591
 def score(m: dict) -> float: return m.get("val_score", m["val_reward"])
 
 def validations(run: Run) -> list[dict]: return [m for m in run.metrics if "val_reward" in m]
@@ -517,7 +518,7 @@ def until_interrupted() -> Iterator[Callable]: # a function that says whether Ct
     finally:
         if main: signal.signal(signal.SIGINT, old)
 
-# %% ../nbs/09_reinforce.ipynb #559d2da1
+# %% ../nbs/09_reinforce.ipynb #1c79ea52
 def loop(run: Run, gradient: Callable, eval_fn: Callable | None,
          after: Callable = lambda m: None # called with the metrics of each step
         ) -> str:                         # why it ended
@@ -656,7 +657,7 @@ def check_model(run: Run) -> None:
                              " start from a good adapter")
     if run.config.fused is True: check_fused(run.model)
 
-# %% ../nbs/09_reinforce.ipynb #b85fe932
+# %% ../nbs/09_reinforce.ipynb #2d09089e
 def check_folder(out: str | Path, resume: bool) -> None:
     "A run starts in a folder that is new or empty, and resumes in one that holds a run"
     out = Path(out)
@@ -817,7 +818,7 @@ def answer_step(run: Run) -> dict: # metrics
     with stepping(run), in_mode(run): nll = sum(exchange(work))
     return dict(nll=nll, loss=nll, tokens=tokens / len(rows))
 
-# %% ../nbs/09_reinforce.ipynb #0d581132
+# %% ../nbs/09_reinforce.ipynb #3a7e7a6d
 def sft(model: nn.Module, tokenizer, task: Task,
         config: ReinforceConfig = ReinforceConfig(), # what concerns rollouts is unused
         out: str | Path | None = None, resume: bool = False,
