@@ -1,5 +1,5 @@
 """The docs site, from the notebooks alone: `sphinx-build -W -b html -c docs . _docs/html`. Names, links and version come from settings.ini."""
-import sys
+import re, sys
 from itertools import groupby
 from pathlib import Path
 
@@ -28,18 +28,21 @@ pygments_style = "tango"
 html_theme = "sphinx_book_theme"
 html_title = s["title"]
 html_static_path = ["_static"]
-html_css_files = ["book.css"]
+html_css_files, html_js_files = ["book.css"], ["fit.js", "live.js"]
 html_logo, html_favicon = "_static/logo.svg", "_static/favicon.svg"
 html_show_sphinx = False
 html_copy_source = False
 html_sidebars = {"**": ["navbar-logo.html", "search-button-field.html", "rooms.html"]}
 html_context = {
-    "default_mode": "light",
+    "default_mode": "auto",             # dark where the reader's system is
+    "book_address": s["doc_host"] + s["doc_baseurl"],
+    "book_about": {r.doc: re.sub(r"[$*`\\]", "", r.subtitle) for r in book},
     "book_description": s["description"],
-    "book_parts": [(part, [(r.doc, r.number, r.name, r.caption) for r in group]) for part, group in groupby(book, lambda r: r.part)],
+    "book_parts": [(part, list(group)) for part, group in groupby(book, lambda r: r.part)],
 }
 html_theme_options = {
     "repository_url": s["git_url"], "repository_branch": s["branch"], "path_to_docs": "",
+    "launch_buttons": {"colab_url": "https://colab.research.google.com"},
     "use_repository_button": True, "use_issues_button": False, "use_download_button": False, "use_fullscreen_button": False,
     "show_toc_level": 2, "toc_title": "On this page",
 }

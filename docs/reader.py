@@ -6,19 +6,19 @@ cells carry a bar with their names and a link to the library's source, import ce
 import ast, json, re
 from configparser import ConfigParser
 from functools import cache
+from itertools import groupby
 from pathlib import Path
 from typing import NamedTuple
 
 import nbformat
 
 ROOT = Path(__file__).resolve().parent.parent
-PARTS = {0: "The idea", 5: "Learning", 10: "Adapting", 14: "Findings", 17: "The real world"}   # part -> its first room
 
 RE_DIRECTIVE = re.compile(r"^[ \t]*#\|[ \t]*([\w-]+)[ \t]*:?[ \t]*(.*?)[ \t]*$", re.M)
 RE_CALLOUT = re.compile(r"""^(:{3,})[ ]*\{\.callout-(\w+)(?:[ ]+title=["'](.*?)["'])?[^}\n]*\}[ ]*\n(?:\s*\#+ (.+)\n)?""", re.M)
 RE_ROOM_LINK = re.compile(r"\[([^\]]+)\]\((?:\.\./|nbs/|\./)*((?:\d\d_\w+|index)\.ipynb)(#[\w-]+)?\)")
 RE_PAPER = re.compile(r"^(?=>[^\n]{0,40}\bpaper\b)", re.I | re.M)
-RE_NAME = re.compile(r"(?<![\[`\w])`(?:transformer2_nbdev\.)?([A-Za-z_][\w.]*)(?:\(\))?`(?![\]`])")
+RE_NAME = re.compile(r"(?<![\[`\w])`(?:transformer2_nbdev\.)?([A-Za-z_][\w.]*)(\(\))?`(?![\]`])")
 
 
 @cache
@@ -26,6 +26,20 @@ def settings() -> dict:
     "settings.ini, the one place for names, version and links."
     parser = ConfigParser(); parser.read(ROOT / "settings.ini", encoding="utf-8")
     return dict(parser["DEFAULT"])
+
+
+class Part(NamedTuple):
+    first: int       # number of its first room
+    name: str        # as in the sidebar
+    caption: str     # what its rooms add to the story, in one line
+
+
+# Read one after the other, these lines are the paper.
+PARTS = [Part(0, "I · The idea", "one number for every singular value of a weight, and nothing else is learned"),
+         Part(5, "II · Learning", "the numbers are learned from rewards; what is learned is an expert"),
+         Part(10, "III · Adapting", "read a prompt once to choose among experts, once more to answer it"),
+         Part(14, "IV · Findings", "what transfers to another model, and what LoRA does better"),
+         Part(17, "V · The real world", "model-written programs, the paper's data sets, its code, and a terminal")]
 
 
 class Export(NamedTuple):
@@ -50,7 +64,7 @@ class Room(NamedTuple):
     @property
     def caption(self): return self.subtitle if 0 < len(self.subtitle) <= 60 else self.title
     @property
-    def part(self): return PARTS[max(k for k in PARTS if k <= self.number)]
+    def part(self): return [p for p in PARTS if p.first <= self.number][-1]
     @property
     def colab(self):
         s = settings()
@@ -121,11 +135,12 @@ def rooms() -> list:
 # --- prose
 
 def link_names(text: str, room: Room, known: dict) -> str:
-    "Turn `name` and `module.name` in prose into links to where the book defines them."
+    "Turn `module.name`, and `name` where nothing else can be meant, into links to where the book defines them."
     own = {e.name: e.label for e in room.exports} if room else {}
     def one(m):
-        name = m[1]
-        label = own.get(name) or known.get(name)
+        name, called = m[1], bool(m[2])
+        meant = called or "_" in name or name != name.lower()      # `dense` and `generate` are also words, and other libraries' names
+        label = known.get(name) or (own.get(name) if meant else None)
         return f"[{m[0]}](#{label})" if label else m[0]
     out, fenced = [], False
     for line in text.split("\n"):
@@ -233,6 +248,15 @@ def read(text: str, path: str = "") -> nbformat.NotebookNode:
     nb = nbformat.v4.new_notebook(cells=cells, metadata={"kernelspec": {"name": "python3", "display_name": "python3"},
                                                          "language_info": {"name": "python", "pygments_lexer": "ipython3"}})
     return nbformat.reads(json.dumps(nb), as_version=4)      # joins the line lists of outputs
+
+
+def contents(all_rooms: list) -> str:
+    "The rooms by parts, as tables: the front door's list."
+    out = []
+    for part, group in groupby(all_rooms, lambda r: r.part):
+        rows = [f"| [{r.number:02d} {r.title}](nbs/{r.path.name}) | {f'`{r.module}`' if r.module else '–'} | {r.subtitle} |" for r in group]
+        out.append("\n".join([f"### {part.name}", "", f"*{part.caption[0].upper()}{part.caption[1:]}.*", "", "| room | module | |", "|---|---|---|", *rows]))
+    return "\n\n".join(out)
 
 
 def toctree(all_rooms: list) -> str:

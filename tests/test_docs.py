@@ -6,6 +6,7 @@ import functools, http.server, json, os, re, shutil, subprocess, sys, threading,
 from pathlib import Path
 from urllib.parse import unquote, urldefrag, urlsplit
 
+import numpy as np
 import pytest
 from reader import RE_CALLOUT, callout, directives, link_names, markdown, read, rooms
 from readme import readme
@@ -38,7 +39,15 @@ def test_callouts_the_papers_voice_and_links():
     room = rooms()[0]
     assert markdown("> *The paper says* (section 3): x", room, {}).startswith("{.paper-says}\n> ")
     assert markdown("see [there](77_nowhere.ipynb#x) and [here](00_svd.ipynb)", room, {}) == "see there and [here](00_svd.ipynb)"
-    assert link_names("`decompose` and\n```\n`decompose`\n```", room, {}) == "[`decompose`](#api-svd-decompose) and\n```\n`decompose`\n```"
+    assert link_names("`decompose()` and\n```\n`decompose()`\n```", room, {}) == "[`decompose()`](#api-svd-decompose) and\n```\n`decompose()`\n```"
+
+
+def test_only_names_that_are_meant_become_links():
+    room, known = rooms()[0], {"svd.decompose": "a", "rollout.generate": "b", "TwoPass": "c", "linear_names": "d"}
+    for text in ("`svd.decompose`", "`transformer2_nbdev.svd.decompose`", "`decompose()`", "`TwoPass`", "`linear_names`", "`rollout.generate()`"):
+        assert link_names(text, room, known).startswith("[`"), text
+    for text in ("`decompose`", "`generate`", "`model.generate`", "`model.generate()`", "`generate()`", "`dense`", "[`TwoPass`](x)"):
+        assert link_names(text, room, known) == text, text
 
 
 def test_the_readme_follows_the_front_door():
@@ -113,6 +122,7 @@ class Browser:
 
     def open(self, url): self.post("/url", url=url)
     def run(self, script): return self.post("/execute/async", script=script, args=[])
+    def cdp(self, cmd, **params): return self.post("/goog/cdp/execute", cmd=cmd, params=params)
     def complaints(self): return [f"{e['level']}: {e['message']}" for e in self.post("/se/log", type="browser") if e["level"] in ("SEVERE", "WARNING")]
 
     def close(self):
@@ -134,12 +144,16 @@ math.then(() => Promise.all([...document.images].map(i => { i.loading = "eager";
 """
 
 
+def need_browser():
+    if CHROMIUM and DRIVER: return
+    reason = "chromium and chromedriver are not installed"
+    pytest.fail(reason) if os.environ.get("TRANSFORMER2_REQUIRE_BROWSER") == "1" else pytest.skip(reason)
+
+
 @pytest.fixture(scope="module")
 def seen(site, address, tmp_path_factory) -> dict:
     "What Chromium saw on every page."
-    if not (CHROMIUM and DRIVER):
-        reason = "chromium and chromedriver are not installed"
-        pytest.fail(reason) if os.environ.get("TRANSFORMER2_REQUIRE_BROWSER") == "1" else pytest.skip(reason)
+    need_browser()
     browser, found = Browser(tmp_path_factory.mktemp("profile")), {}
     try:
         for page in pages(site):
@@ -169,6 +183,95 @@ def test_every_picture_has_a_size(seen, site):
         assert all(w > 0 and h > 0 for _, w, h in s["images"]), f"{page}: {s['images']}"
     figures = [src for src, _, _ in seen["index.html"]["images"] if "logo" not in src]
     assert figures, "the front door has lost its picture"
+
+
+WIDE = """
+const done = arguments[arguments.length - 1];
+const math = window.MathJax && MathJax.startup ? MathJax.startup.promise : Promise.resolve();
+math.then(() => setTimeout(() => {
+  const boxes = {code: "div.cell pre, div.highlight pre", formula: '.bd-article mjx-container[display="true"]', picture: ".bd-article img"};
+  const seen = {page: document.documentElement.scrollWidth - window.innerWidth, width: window.innerWidth, count: {}, wide: []};
+  for (const [kind, selector] of Object.entries(boxes)) {
+    const all = [...document.querySelectorAll(selector)].filter(e => e.offsetParent);
+    seen.count[kind] = all.length;
+    for (const e of all) {
+      const edge = (e.closest(".bd-article") || document.body).getBoundingClientRect().right;
+      if (e.scrollWidth > e.clientWidth + 1 && kind != "picture" || e.getBoundingClientRect().right > edge + 1)
+        seen.wide.push(`${kind} ${e.scrollWidth} in ${e.clientWidth}: ${e.textContent.trim().slice(0, 60)}`);
+      if (kind == "formula" && parseFloat(getComputedStyle(e).fontSize) < 8.5) seen.wide.push(`formula too small to read: ${getComputedStyle(e).fontSize}`);
+    }
+  }
+  done(seen);
+}, 150), e => done({error: String(e)}));
+"""
+
+
+@pytest.mark.parametrize("width", [1440, 390])
+def test_nothing_is_clipped(site, address, width, tmp_path):
+    "On a desktop and on a phone every code cell, formula and picture is as wide as its column or less, and no page scrolls sideways."
+    need_browser()
+    browser, clipped, count = Browser(tmp_path / "profile"), [], 0
+    try:
+        browser.cdp("Emulation.setDeviceMetricsOverride", width=width, height=1200, deviceScaleFactor=1, mobile=False)
+        for page in pages(site):
+            browser.open(f"{address}/{page}")
+            s = browser.run(WIDE)
+            assert "error" not in s and s["width"] == width, f"{page}: {s}"
+            count += sum(s["count"].values())
+            clipped += [f"{page}: {w}" for w in s["wide"]] + ([f"{page} scrolls sideways by {s['page']} px"] if s["page"] > 1 else [])
+    finally: browser.close()
+    assert count > 500 and not clipped, f"{len(clipped)} of {count} clipped at {width} px:\n" + "\n".join(clipped[:40])
+
+
+PIXELS = """
+const press = name => [...document.querySelectorAll(".live-svd button")].find(b => b.textContent.startsWith(name)).click();
+const look = () => { const c = document.querySelector(".live-svd canvas"), d = c.getContext("2d").getImageData(0, 0, c.width, c.height).data;
+  return {width: c.width, grey: [...d].filter((_, i) => i % 4 == 0), says: document.querySelector(".live-svd output").textContent}; };
+const seen = {base: look()};
+press("the first three"); seen.three = look();
+const first = document.querySelector(".live-svd input");
+press("base"); first.value = 0.5; first.dispatchEvent(new Event("input")); seen.half = look();
+press("base"); seen.again = look();
+arguments[0](seen);
+"""
+
+
+def test_the_live_figure_computes_what_it_says(address, tmp_path):
+    "The picture under the sliders against numpy's SVD of the picture at z = 1."
+    need_browser()
+    browser = Browser(tmp_path / "profile")
+    try:
+        browser.open(f"{address}/index.html")
+        seen = browser.run(PIXELS)
+    finally: browser.close()
+    W = {k: np.array(v["grey"], float).reshape(-1, v["width"]) for k, v in seen.items()}
+    U, S, Vh = np.linalg.svd(W["base"], full_matrices=False)
+    for name, z in dict(three=np.arange(len(S)) < 3, half=np.where(np.arange(len(S)) == 0, .5, 1)).items():
+        want = np.clip((U * S * z) @ Vh, 0, 255)
+        assert np.abs(W[name] - want).max() < 3, f"{name}: {np.abs(W[name] - want).max()} grey levels off"      # the base was rounded to 256 levels
+        share = np.sqrt((((z - 1) * S) ** 2).sum() / (S ** 2).sum())
+        assert abs(float(seen[name]["says"].split("=")[1]) - share) < .003
+    assert (W["again"] == W["base"]).all() and np.ptp(W["base"]) > 200
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_the_page_follows_the_readers_system(address, scheme, tmp_path):
+    need_browser()
+    browser = Browser(tmp_path / "profile")
+    try:
+        browser.cdp("Emulation.setEmulatedMedia", features=[dict(name="prefers-color-scheme", value=scheme)])
+        browser.open(f"{address}/nbs/00_svd.html")
+        assert browser.run("arguments[0](document.documentElement.dataset.theme)") == scheme
+    finally: browser.close()
+
+
+def test_every_page_says_what_it_is_about(site, settings):
+    for r in rooms():
+        html = (site / f"{r.doc}.html").read_text(encoding="utf-8")
+        about = re.search(r'<meta name="description" content="([^"]+)">', html)
+        assert about and len(about[1]) > 15, f"{r.doc} has no description"
+        assert f'{settings["doc_host"]}{settings["doc_baseurl"]}/_static/card.png' in html
+    assert (site / "_static/card.png").stat().st_size < 100_000
 
 
 def test_no_link_inside_the_site_is_broken(seen, site, address):

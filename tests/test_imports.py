@@ -8,7 +8,7 @@ ROOT = Path(__file__).resolve().parent.parent
 LIB = "transformer2_nbdev"
 GENERATED = {"__init__", "_modidx"}
 ONLY = {"svd": {"torch"}, "svf": {"torch"}}                              # third parties a module may import, anywhere outside a function
-NEVER = {"sandbox": {"torch"}, "tasks": {"torch"}}                       # not even inside one
+NEVER = {m: {"torch"} for m in ("sandbox", "tasks", "verifiers", "benchmarks")}                       # not even inside one
 ADAPTATION = {"adapt", "prompt", "classifier", "fewshot", "transfer"}    # these work from saved experts alone
 TOOLS = {"fastcore", "nbdev", "execnb", "IPython", "ipykernel", "nbconvert"}
 
@@ -125,6 +125,7 @@ def test_nothing_is_read_or_downloaded_at_import(tmp_path):
 def test_links_to_this_project_come_from_settings(settings):
     "Moving the project is one edit of settings.ini; what is written out in notebooks and modules has to agree with it."
     pattern = re.compile(r"github\.com/([\w.-]+/transformer2[\w-]*)")
-    files = [ROOT / "index.ipynb", ROOT / "README.md", *sorted((ROOT / "nbs").glob("*.ipynb")), *sorted((ROOT / LIB).glob("*.py"))]
+    files = [ROOT / "index.ipynb", ROOT / "README.md", ROOT / "CITATION.cff", *sorted((ROOT / "nbs").glob("*.ipynb")), *sorted((ROOT / LIB).glob("*.py"))]
     wrong = {f"{f.name}: {m}" for f in files for m in pattern.findall(f.read_text(encoding="utf-8")) if m != f"{settings['user']}/{settings['repo']}"}
     assert not wrong
+    assert f"version: {settings['version']}\n" in (ROOT / "CITATION.cff").read_text(encoding="utf-8")

@@ -20,7 +20,8 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from .adapter import block_index, mixture, svf_layers
+from .adapter import block_index, svf_layers
+from .mixture import mixture
 from .adapt import check_experts
 from .prompt import continuation, pad_right
 from .rollout import completion_logits, encode, eos_ids, generate, inner, pad_id, pad_left, undisturbed
@@ -372,6 +373,7 @@ class FewShot:
         self.experts, self.only = check_experts(model, experts), only
         self.form, self.normalise = form, normalise
         self.shots = shots_of(model, tokenizer, task, shots, tie, max_new_tokens, batch_size)
+        self.answer_tokens = self.shots.max_new_tokens
         self.shape = shape_of(model, len(self.experts), per_layer)
         if even: search = dict(mean=1 / len(self.experts)) | search
         if warm: search = dict(start=corners(self.shape, form)) | search
@@ -413,6 +415,7 @@ class Strength:
         self.experts, self.form = check_experts(model, experts), "delta"
         self.shots = shots_of(model, tokenizer, task, shots, tie, max_new_tokens, batch_size)
         s = torch.linspace(0, 2, 21) if scales is None else torch.tensor(scales, dtype=torch.float32)
+        self.answer_tokens = self.shots.max_new_tokens
         self.tried = (torch.eye(len(self.experts))[:, None] * s[:, None]).flatten(0, 1) # (K S, K)
         self.scores = few_shot_scores(mark(self.shots, self.tried, self.experts), self.shots.tie)
         self.weights = self.tried[best_first(self.scores)[0]]

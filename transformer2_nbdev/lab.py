@@ -7,7 +7,7 @@ __all__ = ['NAMES', 'TOP', 'LABELS', 'whole', 'first', 'KINDS', 'TRAINED', 'UNSE
            'WORDS', 'BASES', 'DATA', 'draw_math', 'show_math', 'work_math', 'draw_code', 'show_code', 'work_code',
            'show_code_hard', 'work_code_hard', 'draw_logic', 'show_logic', 'work_logic', 'draw_code_math',
            'show_code_math', 'work_code_math', 'draw_logic_math', 'show_logic_math', 'work_logic_math', 'work_label',
-           'draw_copy', 'show_copy', 'work_copy', 'Kind', 'split_of', 'draw', 'write', 'tasks', 'tokenizer',
+           'draw_copy', 'show_copy', 'work_copy', 'Kind', 'split_of', 'draw', 'write', 'tasks', 'task', 'tokenizer',
            'new_model', 'corpus', 'answer_loss', 'orthogonal', 'Muon', 'pretrain', 'Recipe', 'answers', 'measure',
            'build', 'load', 'experts', 'record']
 
@@ -204,6 +204,16 @@ def tasks() -> dict:  # name -> Task
     "Every task of the lab."
     return {n: Task(n, lambda split, n=n: list(_examples(n, split)), lambda e: e["prompt"], answer=lambda e: e["answer"],
                     max_new_tokens=k.tokens, verify=partial(_verify, n)) for n, k in KINDS.items()}
+
+# %% ../nbs/06_lab.ipynb #320b5cc1
+def task(name: str,             # as in `tasks()`; "lab.math" and "lab.code-math" will do
+         data_dir: str = None,  # not used: the lab makes its own questions
+        ) -> Task:
+    "One task of the lab; `tasks.get_task` finds it by its entry point."
+    plain = lambda n: n.lower().removeprefix("lab").strip(":.-_").replace("+", "-")
+    known = {plain(n): t for n, t in tasks().items()}
+    if plain(name) not in known: raise ValueError(f"the lab has no task {name!r}; it has {', '.join(tasks())}")
+    return known[plain(name)]
 
 # %% ../nbs/06_lab.ipynb #9ad524af
 WORDS = ["<pad>", "<bos>", "<eos>", "<unk>", *SOURCES, *": = ; + - [ ] x > < ::-1 max min say which skill ? \\boxed{ }".split(), *LABELS, *NAMES, *map(str, range(TOP + 2))]
