@@ -10,8 +10,8 @@ from transformers import (GenerationConfig, LlamaConfig, LlamaForCausalLM,
 from transformer2_nbdev.adapt import (Answer, TwoPass, bar, check_experts, check_names, complete,
                                       fixed, how_to_generate, load_experts, one_hot, oracle,
                                       show_weights, weight_rows)
-from transformer2_nbdev.adapter import (SvfConfig, check_name, mixture, name_fault, safe_name,
-                                        svf_layers)
+from transformer2_nbdev.adapter import SvfConfig, check_name, name_fault, safe_name, svf_layers
+from transformer2_nbdev.mixture import mixture
 from transformer2_nbdev.classifier import Classifier
 from transformer2_nbdev.fewshot import FewShot
 from transformer2_nbdev.prompt import GUIDES, Dispatch, box, confusion, label_scores, pad_right, question, read_label, show_confusion
@@ -42,7 +42,7 @@ def experts(names=EXPERTS, by=0.3, seed=0):
     model, g = get_peft_model(llama(seed), SvfConfig(), adapter_name=names[0]), torch.Generator().manual_seed(seed)
     for n in names[1:]: model.add_adapter(n, SvfConfig())
     for l in svf_layers(model).values():
-        for n in names: l.svf_z[n].data += by * torch.randn(l.svf_z[n].shape, generator=g)
+        for n in names: l.svf_d[n].data += by * torch.randn(l.svf_d[n].shape, generator=g)
     return model.eval()
 
 
@@ -158,7 +158,7 @@ def test_bad_experts(tmp_path):
     with pytest.raises(ValueError, match="only SVF"): check_experts(lora, ["math"])
     with pytest.raises(ValueError, match="no experts"): check_experts(lora)
     sick = experts()
-    next(iter(svf_layers(sick).values())).svf_z["code"].data[0] = float("nan")
+    next(iter(svf_layers(sick).values())).svf_d["code"].data[0] = float("nan")
     with pytest.raises(ValueError, match="'code' holds NaN"): TwoPass(sick, TOK, fixed(dict(math=1., code=0.)))
     TwoPass(sick, TOK, fixed(dict(math=1.)))
 
@@ -177,8 +177,8 @@ def test_experts_of_different_bases(tmp_path):
 
 # Names: what is refused is refused everywhere and in one line, what is accepted works everywhere
 
-GOOD_NAMES = ["math", "math-v1_2", "Math 2", "7", "0", "数学", "é", "default", "svf_z", "mlp", "q_proj",
-              "model", "weight", "copies", "modules_to_save", "a:b", "'", "{}", "n" * 200, "lora", "-a",
+GOOD_NAMES = ["math", "math-v1_2", "Math 2", "7", "0", "数学", "é", "default", "svf_z", "svf_d", "mlp",
+              "q_proj", "model", "weight", "copies", "modules_to_save", "a:b", "'", "{}", "n" * 200, "lora", "-a",
               "🙂"]
 BAD_NAMES = ["math-v1.2", ".", "..", "a=b", "", " ", " a", "a ", "a/b", "/a", "a\\b", "a\nb", "a\0b",
              "\ufeffa", "a\u00a0b", "__base__", "svf", "svf_", "s", "_", "f_", "copy", "type", "train",

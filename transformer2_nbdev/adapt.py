@@ -19,7 +19,8 @@ from peft import PeftModel
 from torch import nn
 from tqdm.auto import tqdm
 
-from .adapter import SvfConfig, check_name, mixture, svf_layers
+from .adapter import SvfConfig, check_name, svf_layers
+from .mixture import mixture
 from .rollout import (check_room, encode, eos_ids, inner, pad_id, pad_left,
                                         texts_of, undisturbed, until_eos)
 from .tasks import render
@@ -163,7 +164,7 @@ def check_experts(model: nn.Module,
                              "only SVF experts can be mixed")
     check_same_base({n: configs[n].base_digests for n in names})
     for module, layer in svf_layers(model).items():
-        bad = [n for n in names if n in layer.svf_z and not torch.isfinite(layer.svf_z[n]).all()]
+        bad = [n for n in names if n in layer.svf_d and not torch.isfinite(layer.svf_d[n]).all()]
         if bad:
             raise ValueError(f"expert {bad[0]!r} holds NaN or infinity in {module}: "
                              "its training diverged, use an earlier checkpoint")

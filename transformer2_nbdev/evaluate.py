@@ -183,7 +183,7 @@ def batch_seed(seed: int, batch: int) -> int:
 def mixed(model, strategy, prompts: list[str]): # (context manager, weights as nested lists or None)
     "The model as a strategy sets it for these prompts."
     if strategy is None: return nullcontext(), None
-    from transformer2_nbdev.adapter import mixture
+    from transformer2_nbdev.mixture import mixture
     weights = torch.as_tensor(strategy(prompts), dtype=torch.float32).detach()
     if weights.dim() == 1: weights = weights[None]
     if len(weights) not in (1, len(prompts)): raise ValueError(f"the strategy returned {len(weights)} rows of weights for {len(prompts)} prompts")
@@ -449,7 +449,7 @@ def load_lines(record: dict) -> list[str]: # of Python, to be run in the expert'
     "How to load an expert onto its base"
     name = look_up(record, "base") or "THE BASE"
     ours = look_up(record, "training", "method") in ("SVF", None)    # its import registers SVF
-    lines = ["import peft" + (", transformer2_nbdev.adapter" if ours else "")]
+    lines = ["import peft" + (", transformer2_nbdev" if ours else "")]
     if name.startswith("lab:"):
         lines += ["from transformer2_nbdev import lab",
                   f"base, tokenizer, tasks = lab.load({name[4:]!r})"]
