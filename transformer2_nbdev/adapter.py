@@ -485,7 +485,7 @@ def new_layer(target: nn.Module, name: str, config: SvfConfig,
     raise ValueError(f"Target module {key} is a {type(target).__name__}: SVF adapts nn.Linear and Conv1D, "
                      "name such layers in target_modules")
 
-# %% ../nbs/02_adapter.ipynb #2d46d4a5
+# %% ../nbs/02_adapter.ipynb #5ba6c194
 def name_fault(name: str) -> str: # the reason, or "" where there is none
     "What speaks against a name: torch's words, PEFT's, and what a folder cannot be called"
     if not isinstance(name, str) or not name: return "a name is text"

@@ -380,7 +380,7 @@ def summarise(results: list,                # Results over the same questions, o
     half = student_t(confidence, len(accs) - 1) * stdev(accs) / math.sqrt(len(accs))
     return Summary(mean(accs), stdev(accs), max(mean(accs) - half, 0.), min(mean(accs) + half, 1.), accs, results[0].n)
 
-# %% ../nbs/08_evaluate.ipynb #17ffae0f
+# %% ../nbs/08_evaluate.ipynb #6699db54
 LAB = Path(transformer2_nbdev.__file__).resolve().parent / "data" / "lab"
 
 def base_name(model: torch.nn.Module) -> str | None: # hub id, folder or "lab:A"; None: it has none
@@ -415,7 +415,7 @@ def cached_folder(name: str) -> Path | None:
     except ValueError: return None               # no hub id
     return Path(file).parent if isinstance(file, str) else None
 
-# %% ../nbs/08_evaluate.ipynb #d6aed366
+# %% ../nbs/08_evaluate.ipynb #f3ea1132
 def look_up(record: dict, *keys): # None where any of them is missing
     "A value deep inside a record"
     for k in keys: record = record.get(k) if isinstance(record, dict) else None
@@ -423,12 +423,12 @@ def look_up(record: dict, *keys): # None where any of them is missing
 
 def score_table(record: dict) -> list[str]: # lines; [] where nothing was measured
     "Before and after, with 95% intervals"
-    n, step = look_up(record, "n"), look_up(record, "training", "best_step")
-    steps, rows = look_up(record, "training", "steps"), {}
+    n, rows = look_up(record, "n"), {}
+    step, steps = (look_up(record, "training", k) for k in ("best_step", "steps"))
     if (acc := look_up(record, "training", "before", "val_accuracy")) is not None and n:
         rows["the base, before training"] = round(acc * n)
     if (k := look_up(record, "correct")) is not None and n:
-        rows["this expert" + (f", step {step} of {steps}" if step is not None else "")] = k
+        rows["this expert" + (f", step {step} of {steps}" if None not in (step, steps) else "")] = k
     lines = [f"| {who} | {100 * k / n:.1f}% | {k} | {100 * wilson(k, n)[0]:.1f}% to "
              f"{100 * wilson(k, n)[1]:.1f}% |" for who, k in rows.items()]
     return ["| | right | of " + str(n) + " | 95% interval |", "|---|---|---|---|", *lines] if lines else []
@@ -444,12 +444,12 @@ def caution(record: dict) -> str:
                                             "several times: the true intervals are wider.")
     return said
 
-# %% ../nbs/08_evaluate.ipynb #6486d423
+# %% ../nbs/08_evaluate.ipynb #3294c263
 def load_lines(record: dict) -> list[str]: # of Python, to be run in the expert's folder
     "How to load an expert onto its base"
     name = look_up(record, "base") or "THE BASE"
     ours = look_up(record, "training", "method") in ("SVF", None)    # its import registers SVF
-    lines = ["import peft" + (", transformer2_nbdev.adapter" if ours else "")]
+    lines = ["import peft" + (", transformer2_nbdev" if ours else "")]
     if name.startswith("lab:"):
         lines += ["from transformer2_nbdev import lab",
                   f"base, tokenizer, tasks = lab.load({name[4:]!r})"]
@@ -472,7 +472,7 @@ def fact_lines(record: dict) -> list[str]:
              "settings": ", ".join(f"{k} {v}" for k, v in settings.items()), "versions": versions}
     return [f"- {k}: {v}" for k, v in facts.items() if v not in (None, "")]
 
-# %% ../nbs/08_evaluate.ipynb #c168cd86
+# %% ../nbs/08_evaluate.ipynb #d47f702f
 def model_card(record: dict # the content of result.json; whatever it lacks is left out
               ) -> str:     # a README.md
     "The card of a trained expert"
