@@ -7,14 +7,9 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import (GenerationConfig, LlamaConfig, LlamaForCausalLM,
                           PreTrainedTokenizerFast, TextIteratorStreamer)
 
-<<<<<<< HEAD
-from transformer2_nbdev.adapt import (Answer, TwoPass, bar, check_experts, check_names, complete, fixed, how_to_generate,
-                                      load_experts, one_hot, oracle, show_weights, weight_rows)
-=======
 from transformer2_nbdev.adapt import (Answer, TwoPass, bar, check_experts, check_names, complete,
                                       fixed, how_to_generate, load_experts, one_hot, oracle,
                                       show_weights, weight_rows)
->>>>>>> cli
 from transformer2_nbdev.adapter import SvfConfig, check_name, name_fault, safe_name, svf_layers
 from transformer2_nbdev.mixture import mixture
 from transformer2_nbdev.classifier import Classifier

@@ -9,9 +9,9 @@ __all__ = ['PAPER', 'OFFICIAL', 'CHOICES', 'AT_LEAST', 'ABOVE', 'STATE', 'FREE',
            'Run', 'snapshot', 'restore', 'begin', 'collect', 'judged', 'autocast', 'in_mode', 'micro_batches', 'learn',
            'add_sums', 'pays', 'stepping', 'mean', 'policy_step', 'lr_at', 'Diverged', 'update', 'probe', 'val_plan',
            'validate', 'score', 'validations', 'best_step', 'stale', 'write', 'save_state', 'save_metrics',
-           'load_state', 'until_interrupted', 'loop', 'check_run', 'check_model', 'check_folder', 'start', 'one_step',
-           'summary', 'scalar_writer', 'write_down', 'History', 'plot_history', 'finish', 'go', 'rescue',
-           'train_expert', 'gold_batch', 'answer_step', 'sft']
+           'load_state', 'save_adapter', 'until_interrupted', 'loop', 'check_run', 'check_model', 'check_folder',
+           'start', 'one_step', 'summary', 'scalar_writer', 'write_down', 'History', 'plot_history', 'record', 'finish',
+           'go', 'rescue', 'train_expert', 'gold_batch', 'answer_step', 'sft']
 
 # %% ../nbs/09_reinforce.ipynb #07c6dcfd
 import hashlib, importlib.util, json, math, os, random, shlex, signal, sys, tempfile
@@ -26,19 +26,14 @@ from torch import distributed as dist, nn
 from torch.nn.functional import pad
 from tqdm.auto import tqdm
 
-from transformer2_nbdev.adapter import svf_layers
-from transformer2_nbdev.evaluate import (base_name, item_id, licence_of, make_result, model_card,
+from .adapter import svf_layers
+from .evaluate import (base_name, item_id, licence_of, make_result, model_card,
                                          peak_memory, save, versions, write_atomic)
-from transformer2_nbdev.fused import can_fuse, check_fused, fused
-<<<<<<< ours
-=======
-from transformer2_nbdev.evaluate import (base_name, item_id, licence_of, make_result, model_card,
-                                         peak_memory, save, versions, write_atomic)
->>>>>>> theirs
-from transformer2_nbdev.rollout import (Rollouts, check_room, encode, entropy, eos_ids, forked_rng,
+from .fused import can_fuse, check_fused, fused
+from .rollout import (Rollouts, check_room, encode, entropy, eos_ids, forked_rng,
                                         inner, items_of, pad_id, pad_left, rollout, token_logprobs,
                                         vocab_logprobs)
-from transformer2_nbdev.tasks import Task, render
+from .tasks import Task, render
 
 # %% ../nbs/09_reinforce.ipynb #1c0ac679
 def advantages(rewards: torch.Tensor,  # (N,) completions of one prompt in a row
@@ -547,14 +542,8 @@ def save_adapter(run: Run, values: dict, folder: str = ".") -> None:
             run.model.save_pretrained(tmp, selected_adapters=[name], save_embedding_layers=False)
             (run.out / folder).mkdir(exist_ok=True)
             made = Path(tmp) / ("" if name == "default" else name)
-<<<<<<< ours
-            for f in sorted(made.iterdir()):
-                if f.name == "README.md": continue        # PEFT's card is blank
-                os.replace(f, run.out / folder / f.name)
-=======
             (made / "README.md").unlink(missing_ok=True)   # PEFT's card is blank
             for f in sorted(made.iterdir()): os.replace(f, run.out / folder / f.name)
->>>>>>> theirs
     finally: restore(run, now)
 
 # %% ../nbs/09_reinforce.ipynb #f797a123
@@ -720,22 +709,6 @@ def plot_history(history: History,
 # %% ../nbs/09_reinforce.ipynb #2a5d23f7
 def record(run: Run, stopped: str, items: list): # an evaluate.Result
     "The validation of the kept z as room 08 would write it, with the story of the run beside it"
-<<<<<<< ours
-    c, n, base = run.config, len(run.validation), inner(run.model)
-    samples, temperature = val_plan(c, n)
-    settings = dict(task=run.task.name, split="validation", questions=n, seed=c.seed,
-                    model=base.config.name_or_path or type(base).__name__, base=base_name(base),
-                    licence=licence_of(base_name(base)), temperature=temperature, samples=samples,
-                    max_new_tokens=run.tokens)
-    training = dict(method=str(run.model.active_peft_config.peft_type.value),
-                    parameters=sum(p.numel() for p in run.params.values()), config=asdict(c),
-                    before={k: v for k, v in run.metrics[0].items() if k != "step"},
-                    reward=mean([i["reward"] for i in items]), best_step=best_step(run),
-                    steps=run.step, stopped=stopped)
-    facts = dict(command=shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]), versions=versions(),
-                 seconds=round(run.seconds, 3), peak_memory_mb=peak_memory(base.device),
-                 processes=world()[1])
-=======
     c, model = run.config, inner(run.model)
     samples, temperature = val_plan(c, len(run.validation))
     name, base = model.config.name_or_path or type(model).__name__, base_name(model)
@@ -751,7 +724,6 @@ def record(run: Run, stopped: str, items: list): # an evaluate.Result
     command = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
     facts = dict(command=command, versions=versions(), seconds=round(run.seconds, 3),
                  peak_memory_mb=peak_memory(model.device), processes=world()[1])
->>>>>>> theirs
     items = [dict(id=item_id(i["prompt"], i["gold"])) | i for i in items]
     return make_result(items, settings | dict(training=training), facts)
 
