@@ -175,7 +175,7 @@ def test_experts_of_different_bases(tmp_path):
 
 # Names: what is refused is refused everywhere and in one line, what is accepted works everywhere
 
-GOOD_NAMES = ["math", "math-v1_2", "Math 2", "7", "0", "数学", "é", "default", "svf_z", "mlp", "q_proj", "model", "weight", "copies", "modules_to_save",
+GOOD_NAMES = ["math", "math-v1_2", "Math 2", "7", "0", "数学", "é", "default", "svf_z", "svf_d", "mlp", "q_proj", "model", "weight", "copies", "modules_to_save",
               "a:b", "'", "{}", "n" * 200, "lora", "-a", "🙂"]
 BAD_NAMES = ["math-v1.2", ".", "..", "a=b", "", " ", " a", "a ", "a/b", "/a", "a\\b", "a\nb", "a\0b", "\ufeffa", "a\u00a0b", "__base__", "svf", "svf_", "s", "_", "f_",
              "copy", "type", "train", "keys", "items", "values", "training", "_keys", "__init__", "n" * 201, "é" * 101, 7, None]

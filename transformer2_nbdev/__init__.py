@@ -2,7 +2,7 @@ __version__ = "0.1.0"
 
 # Two things live here because every room may need them and neither brings in torch or PEFT: a progress bar, and SVF's registration
 # with PEFT. (nbdev_export rewrites the version line above and leaves the rest alone.)
-import functools as _functools, importlib as _importlib, os as _os, sys as _sys, time as _time
+import functools as _functools, importlib as _importlib, io as _io, os as _os, sys as _sys, time as _time
 from importlib.abc import MetaPathFinder as _MetaPathFinder
 
 
@@ -32,14 +32,18 @@ def _line_a_minute():
     class LineAMinute(tqdm):
         every = 60  # seconds
 
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs, file=_io.StringIO())  # what tqdm itself would draw goes nowhere
+
         def display(self, msg=None, pos=None):
             now = _time.time()
-            if msg == "" or now - getattr(self, "_said", self.start_t) < self.every: return
+            if msg == "" or now - getattr(self, "_said", getattr(self, "start_t", now)) < self.every: return
             self._said = now
             print(self._line(), file=_sys.stderr, flush=True)
 
         def close(self):
-            if not self.disable and _time.time() - self.start_t >= self.every: self._said = 0.0  # a last line
+            if not self.disable and _time.time() - getattr(self, "start_t", _time.time()) >= self.every:
+                self._said = 0.0  # so that there is a last line
             super().close()
 
         def _line(self):
