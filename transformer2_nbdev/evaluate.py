@@ -21,7 +21,7 @@ from statistics import NormalDist, mean, stdev
 
 import numpy as np
 import torch
-from tqdm.auto import tqdm
+from . import progress_bar
 
 import transformer2_nbdev
 from .rollout import inner, rollout
@@ -305,7 +305,8 @@ def _begin(out, settings: dict, batches: list[list[int]], overwrite: bool) -> tu
 
 def _asked(model, tokenizer, task, examples, batches, done, seed, ask, progress):
     "Answer the batches that are missing, under a bar with the accuracy so far; fills `done`, yields the rows of each batch."
-    with tqdm(total=len(examples), initial=len(done), unit="question", desc=task.name, disable=not progress) as bar:
+    with progress_bar(total=len(examples), initial=len(done), unit="question", desc=task.name,
+                      disable=not progress) as bar:
         for b, batch in enumerate(batches):
             if all(i in done for i in batch): continue
             items = answer_batch(model, tokenizer, task, [examples[i] for i in batch], seed=batch_seed(seed, b), **ask)

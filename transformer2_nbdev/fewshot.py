@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 import torch
 from torch import nn
-from tqdm.auto import tqdm
+from . import progress_bar
 
 from .adapter import block_index, svf_layers
 from .mixture import mixture
@@ -78,7 +78,7 @@ def cem(objective: Callable,                # (P, dim) -> (P,) or (P, C) scores,
     check_search(dim, population, elite, generations, bounds, smoothing)
     (low, high), rng, history, best, since = bounds, torch.Generator().manual_seed(seed), [], None, 0
     mean, std = torch.full((dim,), (low + high) / 2), torch.full((dim,), (high - low) / 4)
-    for g in (bar := tqdm(range(generations), desc="CEM", disable=not progress, leave=False)):
+    for g in (bar := progress_bar(range(generations), desc="CEM", unit="generation", disable=not progress, leave=False)):
         x = draw(mean, std, population, bounds, rng)
         if g == 0 and start is not None: x = torch.cat([x, torch.as_tensor(start, dtype=x.dtype)])
         order = best_first(scores := score_all(objective, x, g))[:max(2, round(elite * population))]

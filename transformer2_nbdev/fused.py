@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .adapter import SvfLayer, delta, is_conv1d, svf_layers, weight_of
+from .adapter import (SvfLayer, basis, check_unshared, delta, is_conv1d, svf_layers,
+                                        weight_of)
 from .svf import compose, grad_from_square, usable
 
 # %% ../nbs/03_fused.ipynb #9793e509
@@ -45,7 +46,8 @@ class Step:
     "One layer inside `fused`: original weight, z with its graph, and the square M"
     def __init__(self, layer: SvfLayer,    # the layer it stands in
                  z: torch.Tensor):         # (k,) effective z, attached to its parameters
-        self.z, self.Q, self.side, self.M = z, layer.svf_Q[:, : len(z)], layer.side, None
+        self.z, self.Q, self.side = z, basis(layer, z.device)[:, : len(z)], layer.side
+        self.M, self.left = None, False # left: the step is over
         # stands for z in the model's graph: z's own graph then survives several backward passes
         self.leaf = z.detach().requires_grad_(z.requires_grad)
         self.weight = layer.get_base_layer().weight.data
@@ -55,6 +57,7 @@ class Step:
 
     def add(self, a: torch.Tensor, b: torch.Tensor) -> None: # (..., r) each
         "M += sum_t a_t b_t^T"
+        if self.left: raise RuntimeError("the step is over and z's gradient is lost: call backward inside fused")
         a, b = a.reshape(-1, a.shape[-1]), b.reshape(-1, b.shape[-1])
         if self.M is None:
             wide = torch.promote_types(a.dtype, torch.float32)
@@ -92,7 +95,7 @@ def leave_step(layer: SvfLayer, finish: bool) -> None:
     "Put W back, bit for bit, and fill the gradients if the step ended well"
     step, layer._step = layer._step, None
     if step is None: return
-    layer.get_base_layer().weight.data = step.weight
+    layer.get_base_layer().weight.data, step.left = step.weight, True
     if finish: step.finish()
 
 # %% ../nbs/03_fused.ipynb #8079f464
@@ -103,6 +106,7 @@ def check_fused(model: nn.Module) -> dict[str, SvfLayer]: # the model's SVF laye
         raise ValueError("fused needs a model with SVF adapters: train other PEFT methods without it")
     for n, l in layers.items():
         if why := obstacle(l): raise ValueError(why.format(name=n))
+    check_unshared(model, "fused cannot write W' into")
     return layers
 
 def obstacle(layer: SvfLayer) -> str | None: # the reason, with {name} for the module's name

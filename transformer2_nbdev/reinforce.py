@@ -26,6 +26,7 @@ from torch import distributed as dist, nn
 from torch.nn.functional import pad
 from tqdm.auto import tqdm
 
+from . import progress_bar
 from .adapter import svf_layers
 from .evaluate import (base_name, item_id, licence_of, make_result, model_card,
                                          peak_memory, save, versions, write_atomic)
@@ -751,8 +752,8 @@ def go(run: Run, gradient: Callable, resume: bool, eval_fn: Callable | None, pro
     "The whole run, whatever its gradient"
     start(run, resume, eval_fn)
     c, log = run.config, scalar_writer(run)
-    with tqdm(total=c.steps, initial=run.step, desc=run.task.name, unit="step",
-              disable=not progress or world()[0] > 0) as bar:
+    with progress_bar(total=c.steps, initial=run.step, desc=run.task.name, unit="step",
+                      disable=not progress or world()[0] > 0) as bar:
         def after(m):
             write_down(run)
             bar.update()

@@ -19,7 +19,7 @@ from typing import Iterator
 import torch
 from torch import nn
 from torch.nn.functional import pad
-from tqdm.auto import tqdm
+from . import progress_bar
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from .tasks import Task, judge_all, render
@@ -249,7 +249,7 @@ def generate(model: nn.Module,          # any causal LM of transformers, plain o
 def _batches(model, rows, order, batch_size, config, progress):
     "Sample batch after batch, under a bar that counts prompts and tokens."
     tokens = 0
-    with tqdm(total=len(rows), unit="prompt", desc="rollout", disable=not progress) as bar:
+    with progress_bar(total=len(rows), unit="prompt", desc="rollout", disable=not progress) as bar:
         for i in range(0, len(rows), batch_size):
             part = sample_batch(model, [rows[j] for j in order[i:i + batch_size]], config)
             tokens += int(part["kept"].sum())

@@ -687,8 +687,8 @@ def run_many(jobs: list,            # dicts of `run_program`'s arguments
             ) -> list:              # of Outcome, in the order of `jobs`
     "Run many programs over the cores."
     from concurrent.futures import ThreadPoolExecutor
-    from tqdm.auto import tqdm
+    from transformer2_nbdev import progress_bar
     if jobs: isolation()
     with ThreadPoolExecutor(workers or len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else workers or os.cpu_count()) as pool:
         done = pool.map(lambda job: run_program(**{**shared, **job}), jobs)
-        return list(tqdm(done, total=len(jobs), desc="programs", disable=not progress))
+        return list(progress_bar(done, total=len(jobs), desc="programs", unit="program", disable=not progress))

@@ -130,7 +130,7 @@ def check_export(model: nn.Module, adapter: str) -> dict[str, SvfLayer]: # the l
     kind = getattr(known[adapter].peft_type, "value", known[adapter].peft_type)
     if not isinstance(known[adapter], SvfConfig):
         raise ValueError(f"adapter {adapter!r} is {kind}, not SVF: export it merged")
-    layers = {n: l for n, l in svf_layers(model).items() if adapter in l.svf_z}
+    layers = {n: l for n, l in svf_layers(model).items() if adapter in l.svf_d}
     if any(l._step is not None for l in layers.values()):
         raise ValueError("an expert cannot be exported inside a fused step: leave it first")
     return layers

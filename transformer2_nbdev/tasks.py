@@ -140,9 +140,9 @@ def judge_all(task: Task, completions: list, examples: list,  # one completion f
     pairs = completions, examples
     if not workers or workers < 2: return [task.judge(c, e) for c, e in zip(*pairs)]
     from concurrent.futures import ThreadPoolExecutor
-    from tqdm.auto import tqdm
+    from transformer2_nbdev import progress_bar
     with ThreadPoolExecutor(workers) as pool:
-        return list(tqdm(pool.map(task.judge, *pairs), total=len(examples), desc=task.name,
+        return list(progress_bar(pool.map(task.judge, *pairs), total=len(examples), desc=task.name,
                          disable=not progress))
 
 # %% ../nbs/05_tasks.ipynb #2b80391d
