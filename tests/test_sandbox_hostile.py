@@ -12,7 +12,7 @@ MARK = f"sbx{uuid.uuid4().hex[:12]}"      # stands in each program's text and ar
 
 
 def _available(walls):
-    try: return _run(walls, "", "", (), 5., 256, 16, 4, 100).status == "pass"
+    try: return _run(walls, "", "").status == "pass"
     except Exception: return False
 
 WALLS = [w for w in ("namespaces", "filters") if _available(w)]
