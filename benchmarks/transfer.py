@@ -26,7 +26,8 @@ from peft import PeftModel
 
 from transformer2_nbdev import lab
 from transformer2_nbdev.adapt import load_experts
-from transformer2_nbdev.adapter import fused, svf_layers, zs
+from transformer2_nbdev.adapter import svf_layers, zs
+from transformer2_nbdev.fused import fused
 from transformer2_nbdev.cli import DEMO, wrap
 from transformer2_nbdev.evaluate import bootstrap, evaluate, mcnemar
 from transformer2_nbdev.fewshot import FewShot, draw_shots
@@ -77,7 +78,7 @@ FULL = "matched, full norm"   # the same, rescaled to the norm that the expert h
 def rescaled(model: PeftModel, name: str, source: PeftModel) -> PeftModel:
     z = zs(source, name)
     with torch.no_grad():
-        for n, l in svf_layers(model).items(): l.svf_z[name].sub_(1).mul_((z[n] - 1).norm() / l.svf_z[name].norm()).add_(1)
+        for n, l in svf_layers(model).items(): l.svf_d[name].mul_((z[n] - 1).norm() / l.svf_d[name].norm())
     return model
 
 

@@ -7,7 +7,8 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, TextIteratorStreamer
 
 from transformer2_nbdev.adapt import Answer, TwoPass, bar, check_experts, complete, fixed, load_experts, one_hot, oracle, show_weights, weight_rows
-from transformer2_nbdev.adapter import SvfConfig, mixture, svf_layers
+from transformer2_nbdev.adapter import SvfConfig, svf_layers
+from transformer2_nbdev.mixture import mixture
 from transformer2_nbdev.classifier import Classifier
 from transformer2_nbdev.prompt import GUIDES, Dispatch, box, confusion, label_scores, pad_right, question, read_label, show_confusion
 from transformer2_nbdev.rollout import generate
@@ -36,7 +37,7 @@ def experts(names=EXPERTS, by=0.3, seed=0):
     model, g = get_peft_model(llama(seed), SvfConfig(), adapter_name=names[0]), torch.Generator().manual_seed(seed)
     for n in names[1:]: model.add_adapter(n, SvfConfig())
     for l in svf_layers(model).values():
-        for n in names: l.svf_z[n].data += by * torch.randn(l.svf_z[n].shape, generator=g)
+        for n in names: l.svf_d[n].data += by * torch.randn(l.svf_d[n].shape, generator=g)
     return model.eval()
 
 
@@ -152,7 +153,7 @@ def test_bad_experts(tmp_path):
     with pytest.raises(ValueError, match="only SVF"): check_experts(lora, ["math"])
     with pytest.raises(ValueError, match="no experts"): check_experts(lora)
     sick = experts()
-    next(iter(svf_layers(sick).values())).svf_z["code"].data[0] = float("nan")
+    next(iter(svf_layers(sick).values())).svf_d["code"].data[0] = float("nan")
     with pytest.raises(ValueError, match="'code' holds NaN"): TwoPass(sick, TOK, fixed(dict(math=1., code=0.)))
     TwoPass(sick, TOK, fixed(dict(math=1.)))
 

@@ -161,7 +161,7 @@ def experts(world, tmp_path_factory) -> Path:
     d = tmp_path_factory.mktemp("experts")
     for seed, name in ((0, "cats"), (0, "dogs"), (1, "strangers"), (0, "broken")):
         m = get_peft_model(toy.base(seed), SvfConfig(target_modules="all-linear", init_weights=False))
-        if name == "broken": next(iter(svf_layers(m).values())).svf_z["default"].data[0] = float("nan")
+        if name == "broken": next(iter(svf_layers(m).values())).svf_d["default"].data[0] = float("nan")
         m.save_pretrained(d / name)
     (d / "ask.txt").write_text("the cat\na bird\n"); (d / "shots.jsonl").write_text('{"prompt": "the cat", "answer": "sees"}\n{"prompt": "a bird", "answer": "hears"}\n')
     (d / "unsolved.jsonl").write_text('{"prompt": "the cat"}\n'); (d / "empty.jsonl").write_text('{"prompt": "the cat", "answer": ""}\n')

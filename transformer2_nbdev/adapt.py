@@ -17,7 +17,8 @@ from peft import PeftModel
 from torch import nn
 from tqdm.auto import tqdm
 
-from .adapter import SvfConfig, mixture, svf_layers
+from .adapter import SvfConfig, svf_layers
+from .mixture import mixture
 from .rollout import check_room, encode, eos_ids, inner, pad_id, pad_left, texts_of, until_eos
 from .tasks import render
 
@@ -109,7 +110,7 @@ def check_experts(model: nn.Module,
         if not isinstance(configs[n], SvfConfig): raise ValueError(f"expert {n!r} is a {configs[n].peft_type} adapter: only SVF experts can be mixed")
     check_same_base({n: configs[n].base_digests for n in names})
     for n in names:
-        bad = [m for m, l in svf_layers(model).items() if n in l.svf_z and not torch.isfinite(l.svf_z[n]).all()]
+        bad = [m for m, l in svf_layers(model).items() if n in l.svf_d and not torch.isfinite(l.svf_d[n]).all()]
         if bad: raise ValueError(f"expert {n!r} holds NaN or infinity in {bad[0]}: its training diverged, use an earlier checkpoint")
     return names
 

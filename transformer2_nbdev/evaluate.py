@@ -180,7 +180,7 @@ def batch_seed(seed: int, batch: int) -> int:
 def mixed(model, strategy, prompts: list[str]): # (context manager, weights as nested lists or None)
     "The model as a strategy sets it for these prompts."
     if strategy is None: return nullcontext(), None
-    from transformer2_nbdev.adapter import mixture
+    from transformer2_nbdev.mixture import mixture
     weights = torch.as_tensor(strategy(prompts), dtype=torch.float32).detach()
     if weights.dim() == 1: weights = weights[None]
     if len(weights) not in (1, len(prompts)): raise ValueError(f"the strategy returned {len(weights)} rows of weights for {len(prompts)} prompts")

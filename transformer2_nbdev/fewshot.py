@@ -19,7 +19,8 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from .adapter import block_index, mixture, svf_layers
+from .adapter import block_index, svf_layers
+from .mixture import mixture
 from .adapt import check_experts
 from .prompt import continuation, pad_right
 from .rollout import completion_logits, encode, eos_ids, generate, inner, pad_id, pad_left, undisturbed

@@ -14,7 +14,7 @@ from typing import Callable, NamedTuple
 import torch
 from torch import nn
 
-from .adapter import mixture
+from .mixture import mixture
 from .adapt import check_experts, one_hot
 from .rollout import encode, eos_ids, generate, inner, pad_id, pad_left, positions
 from .tasks import answer_region, boxed, render

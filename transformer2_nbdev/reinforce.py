@@ -23,7 +23,8 @@ import torch
 from torch import distributed as dist, nn
 from tqdm.auto import tqdm
 
-from .adapter import can_fuse, check_fused, fused, svf_layers
+from .adapter import svf_layers
+from .fused import can_fuse, check_fused, fused
 from .evaluate import item_id, make_result, peak_memory, save, versions, write_atomic
 from .rollout import (Rollouts, check_room, encode, entropy, eos_ids, forked_rng, inner, items_of, pad_id, pad_left, rollout,
                                         token_logprobs, vocab_logprobs)
