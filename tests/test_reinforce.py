@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 import reinforce_toy as toy
 from transformer2_nbdev import evaluate, reinforce
 from transformer2_nbdev.reinforce import Diverged, ReinforceConfig, Run, advantages, policy_step, sft, train_expert
+from transformer2_nbdev.rollout import Rollouts
 from transformer2_nbdev.tasks import Task
 
 fork = multiprocessing.get_context("fork")
@@ -108,11 +109,12 @@ def gradient(**kw):
     run = reinforce.begin(model := toy.policy(), toy.tokenizer(), toy.DOG, config(**kw), None)
     with torch.no_grad():
         for p in run.params.values(): p.add_(torch.linspace(-.2, .2, len(p)))
+    run.ahead = torch.linspace(.5, 0, run.tokens)
     m = policy_step(run)
     return {n: p.grad.clone() for n, p in run.params.items()}, m
 
 
-@pytest.mark.parametrize("kw", [dict(), dict(kl_of="base", reduction="token"), dict(samples=4, advantage="group"), dict(kl=0.)], ids=str)
+@pytest.mark.parametrize("kw", [dict(), dict(kl_of="base", reduction="token"), dict(samples=4, advantage="group"), dict(kl=0.), dict(kl_path=False)], ids=str)
 def test_fused_and_additive_and_any_micro_batch_give_the_same_gradient(kw):
     (a, m), (b, _), (c, _) = gradient(fused=True, **kw), gradient(fused=False, **kw), gradient(fused=False, **kw | dict(micro_batch=1))
     scale = max(g.abs().max() for g in b.values())
@@ -210,3 +212,52 @@ def test_a_folder_is_never_taken_over(tmp_path):
                                 dict(val_samples=2, temperature=0), dict(val_temperature=-1), dict(patience=0), dict(kl=-1)], ids=str)
 def test_a_config_that_means_nothing_is_refused(kw):
     with pytest.raises(ValueError, match=next(iter(kw))): ReinforceConfig(**kw)
+
+
+def everything(temperature=1.):
+    "A tiny random policy off its base, all 13 answers of at most two words out of four, and who they are."
+    torch.manual_seed(3)
+    model = toy.LlamaForCausalLM(toy.LlamaConfig(vocab_size=4, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, initializer_range=.5)).double().eval()
+    model = toy.get_peft_model(model, toy.SvfConfig(target_modules="all-linear"))
+    z = [p for p in model.parameters() if p.requires_grad]
+    with torch.no_grad(): [p.add_(.3 * torch.randn_like(p)) for p in z]
+    answers = [[2]] + [[a, b] for a in (0, 1, 3) for b in range(4)]
+    kept = torch.tensor([[1] * len(a) + [0] * (2 - len(a)) for a in answers])
+    ids = torch.tensor([[1, 3] + a + [0] * (2 - len(a)) for a in answers])
+    mask = torch.cat([torch.ones(13, 2).long(), kept], 1)
+    return model, z, Rollouts([""] * 13, [""] * 13, ids, mask, kept, torch.zeros(13, 2), 2, torch.ones(13), temperature)
+
+
+def per_answer(losses, z): return torch.stack([torch.cat([g.flatten() for g in torch.autograd.grad(l, z, retain_graph=True)]) for l in losses])
+
+
+@pytest.mark.parametrize("temperature", [1., .6])
+def test_over_all_pairs_of_answers_leave_one_out_is_exact_and_group_points_the_same_way(temperature):
+    model, z, every = everything(temperature)
+    logp = reinforce.vocab_logprobs(model, every.ids, every.mask, 2, temperature)
+    pi = (logp.gather(-1, every.ids[:, 2:, None])[..., 0] * every.completion_mask).sum(1).exp()
+    assert abs(pi.sum().item() - 1) < 1e-12
+    reward = torch.tensor([1., -1., -1., 1., -1.] * 2 + [-1., 1., -1.])
+    exact = per_answer([(pi * reward).sum()], z)[0]
+    loglik = per_answer([l for l in -reinforce.policy_loss(model, every, torch.ones(13), lam=0.)[0]], z)   # grad log pi of each answer
+    p, expected = pi.detach(), {}
+    for how in ("leave-one-out", "group"):
+        A = torch.tensor([[advantages(reward[[i, j]], how, samples=2).tolist() for j in range(13)] for i in range(13)])
+        expected[how] = torch.einsum("i,j,ij,ip->p", p, p, A[..., 0].double(), loglik.to(p)) / 2 + torch.einsum("i,j,ij,jp->p", p, p, A[..., 1].double(), loglik.to(p)) / 2
+    assert (expected["leave-one-out"] - exact).norm() < 1e-6 * exact.norm()
+    assert torch.cosine_similarity(expected["group"], exact, 0) > 1 - 1e-6
+
+
+@pytest.mark.parametrize("of", ["policy", "base"])
+def test_a_baseline_known_beforehand_leaves_the_gradient_of_the_kl_exact(of):
+    model, z, every = everything(.8)
+    logp = reinforce.vocab_logprobs(model, every.ids, every.mask, 2, .8)
+    with reinforce.reference(model): ref = reinforce.vocab_logprobs(model, every.ids, every.mask, 2, .8)
+    pi = (logp.gather(-1, every.ids[:, 2:, None])[..., 0] * every.completion_mask).sum(1).exp()
+    exact = per_answer([(pi * (reinforce.kl_per_token(logp, ref, of) * every.completion_mask).sum(1)).sum()], z)[0]
+    def ours(**kw): return per_answer([(pi.detach() * reinforce.policy_loss(model, every, torch.zeros(13), 1., of, **kw)[0]).sum()], z)[0]
+    for ahead in (None, torch.tensor([.4, -2., 9.])):
+        assert (ours(ahead=ahead) - exact).norm() < 1e-6 * exact.norm()
+    assert (ours(path=False) - exact).norm() > .02 * exact.norm()
+    same_value = [reinforce.policy_loss(model, every, torch.ones(13), 1., of, path)[0] for path in (True, False)]
+    torch.testing.assert_close(*same_value)

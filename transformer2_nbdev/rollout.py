@@ -262,13 +262,14 @@ def completion_logits(model: nn.Module,
                       mask: torch.Tensor,        # (N, P+T)
                       prompt_len: int,           # P
                       temperature: float = 1.,   # 0 counts as 1, as in `generate`
-                     ) -> torch.Tensor:          # (N, T, V) float32; [:, t] is the distribution that token t was drawn from
+                     ) -> torch.Tensor:          # (N, T, V) in float32 at least; [:, t] is what token t was drawn from
     "Logits at the completion's places only, divided by the temperature."
     T, accepted = ids.shape[1] - prompt_len, signature(inner(model).forward).parameters
     extra = dict(position_ids=positions(mask)) if "position_ids" in accepted else {}
     if "logits_to_keep" in accepted: extra["logits_to_keep"] = T + 1
     logits = model(input_ids=ids, attention_mask=mask, use_cache=False, **extra).logits
-    return logits[:, -(T + 1):-1].float() / (temperature or 1.)
+    logits = logits[:, -(T + 1):-1]
+    return logits.to(torch.promote_types(logits.dtype, torch.float32)) / (temperature or 1.)
 
 # %% ../nbs/07_rollout.ipynb #96912b33
 def token_logprobs(model: nn.Module,
