@@ -8,7 +8,8 @@ __all__ = ['SHORTHANDS', 'FAMILIES', 'FORMS', 'SvfType', 'SvfConfig', 'check_con
            'additive', 'per_sample', 'save_base', 'restore_base', 'merged_weight', 'SvfLayer', 'reset_d', 'Mergeable',
            'SvfLinear', 'svf_layers', 'zs', 'rows_in_place', 'mixed_batch', 'check_batch', 'mix_layer', 'check_names',
            'as_weights', 'add_weighted_adapter', 'joint_config', 'base_tag', 'shape_tag', 'check_shapes',
-           'check_weights', 'base_tags', 'record_of', 'as_stored_now', 'new_layer', 'SvfModel']
+           'check_weights', 'base_tags', 'record_of', 'as_stored_now', 'new_layer', 'name_fault', 'safe_name',
+           'check_name', 'SvfModel']
 
 # %% ../nbs/02_adapter.ipynb #eb958fd0
 import copy, re, warnings
@@ -400,6 +401,7 @@ def add_weighted_adapter(self: "SvfModel",
                         ) -> None:
     "Add several experts up into a new, linear SVF adapter"
     if adapter_name in self.peft_config: return
+    check_name(adapter_name)
     adapters, alpha, layers = check_names(self, adapters), as_weights(weights), svf_layers(self)
     if alpha.shape != (len(adapters),):
         raise ValueError(f"{len(adapters)} adapters but {len(weights)} weights: give one weight per adapter")
@@ -483,6 +485,31 @@ def new_layer(target: nn.Module, name: str, config: SvfConfig,
     raise ValueError(f"Target module {key} is a {type(target).__name__}: SVF adapts nn.Linear and Conv1D, "
                      "name such layers in target_modules")
 
+# %% ../nbs/02_adapter.ipynb #2d46d4a5
+def name_fault(name: str) -> str: # the reason, or "" where there is none
+    "What speaks against a name: torch's words, PEFT's, and what a folder cannot be called"
+    if not isinstance(name, str) or not name: return "a name is text"
+    odd = [c for c in name if c in "./\\=" or not c.isprintable()]
+    if odd: return f"it holds {odd[0]!r}"
+    if name != name.strip(): return "it starts or ends with a space"
+    if len(name.encode()) > 200: return "it is too long for a folder"
+    if name == "__base__": return "PEFT calls the base so"
+    if name in "svf_": return "PEFT would take it for a part of the prefix 'svf_'"
+    taken = hasattr(nn.ParameterDict(), name) or hasattr(nn.ModuleDict(), name)
+    return "torch's modules use that word" if taken else ""
+
+def safe_name(text: str) -> str:
+    "The nearest name that an adapter can have"
+    kept = "".join("_" if c in "./\\=" else c for c in text if c.isprintable())
+    name = kept.encode()[:200].decode(errors="ignore").strip() or "adapter"
+    return f"{name}_adapter" if name_fault(name) else name
+
+def check_name(name: str) -> None: # raises ValueError
+    "Refuse a name that torch, PEFT or the file system would stumble over"
+    if fault := name_fault(name):
+        remedy = f"; call it {safe_name(name)!r}" if isinstance(name, str) else ""
+        raise ValueError(f"an adapter cannot be named {name!r}: {fault}{remedy}")
+
 # %% ../nbs/02_adapter.ipynb #a162e7a6
 class SvfModel(BaseTuner):
     "A model with SVF layers (made by `peft.get_peft_model`)"
@@ -498,6 +525,7 @@ class SvfModel(BaseTuner):
 
     def inject_adapter(self, model, adapter_name, *args, **kwargs):
         "PEFT's entry point, with a check of the base before and after"
+        check_name(adapter_name)
         config = self.peft_config[adapter_name]
         made_for = record_of(config)
         check_shapes(adapter_name, made_for, model)

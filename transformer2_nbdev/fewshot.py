@@ -302,6 +302,7 @@ class FewShot:
         if take not in ("best", "mean"): raise ValueError(f'take={take!r}: choose "best" or "mean"')
         self.experts, self.form, self.normalise, self.only = check_experts(model, experts), form, normalise, only
         self.shots = shots if isinstance(shots, Shots) else Shots(model, tokenizer, task, shots, tie, max_new_tokens, batch_size)
+        self.answer_tokens = self.shots.max_new_tokens
         self.shape = (n_blocks(model), len(self.experts)) if per_layer else (len(self.experts),)
         self.found = cem(self.objective, math.prod(self.shape), start=corners(self.shape, form) if warm else None, **search)
         self.weights = self.alpha(self.found.best if take == "best" else self.found.mean)
@@ -335,6 +336,7 @@ class Strength:
         self.experts, self.form = check_experts(model, experts), "delta"
         self.shots = shots if isinstance(shots, Shots) else Shots(model, tokenizer, task, shots, tie, max_new_tokens, batch_size)
         s = torch.linspace(0, 2, 21) if scales is None else torch.tensor(scales, dtype=torch.float32)
+        self.answer_tokens = self.shots.max_new_tokens
         self.tried = (torch.eye(len(self.experts))[:, None] * s[:, None]).flatten(0, 1) # (K S, K)
         self.scores = few_shot_scores(mark(self.shots, self.tried, self.experts), self.shots.tie)
         self.weights = self.tried[best_first(self.scores)[0]]

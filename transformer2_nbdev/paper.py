@@ -147,7 +147,7 @@ def forest(diffs: list,          # of Difference
 # %% ../nbs/23_paper.ipynb #2794495b
 def as_score(x) -> Score: # x: (k, n) | Result | folder of a run | dict with correct and n
     "Anything that states how many of how many, as a Score"
-    if isinstance(x, (str, Path)): x = json.loads((Path(x) / "result.json" if Path(x).is_dir() else Path(x)).read_text())
+    if isinstance(x, (str, Path)): x = json.loads((Path(x) / "result.json" if Path(x).is_dir() else Path(x)).read_text(encoding="utf-8-sig"))
     if isinstance(x, Score): return x
     if isinstance(x, dict): k, n = x["correct"], x["n"]
     elif hasattr(x, "correct"): k, n = x.correct, x.n
@@ -319,7 +319,7 @@ def recipe(name_or_path: "str | Path",  # "llama3-8b", "mistral-7b", "llama3-70b
     known = data_files("recipes")
     path = known.get(str(name_or_path), Path(name_or_path))
     if not path.is_file(): raise FileNotFoundError(f"no recipe {str(name_or_path)!r}: give a JSON file, or one of {', '.join(known)}")
-    try: r = json.loads(path.read_text(encoding="utf-8"))
+    try: r = json.loads(path.read_text(encoding="utf-8-sig"))
     except json.JSONDecodeError as e: raise ValueError(f"{path.name} is not JSON: {e}") from None
     if not isinstance(r, dict): raise ValueError(f"{path.name}: expected an object with keys among {', '.join(RECIPE_KEYS)}")
     r = {k: {} for k in ("svf", "reinforce", "sweep", "lora", "fewshot", "architecture", "notes")} | dict(tasks=[]) | r

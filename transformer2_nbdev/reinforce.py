@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['PAPER', 'OFFICIAL', 'CHOICES', 'AT_LEAST', 'ABOVE', 'STATE', 'FREE', 'advantages', 'kl_per_token', 'kl_to_go',
            'reference', 'policy_loss', 'AskConfig', 'ObjectiveConfig', 'ReinforceConfig', 'check_config',
-           'check_sampling', 'Run', 'snapshot', 'restore', 'begin', 'seed_of', 'batch_rows', 'chunks', 'world',
-           'join_world', 'exchange', 'sum_gradients', 'collect', 'judged', 'autocast', 'in_mode', 'micro_batches',
-           'learn', 'add_sums', 'pays', 'stepping', 'mean', 'policy_step', 'lr_at', 'Diverged', 'update', 'probe',
-           'val_plan', 'validate', 'score', 'validations', 'best_step', 'stale', 'one_step', 'until_interrupted',
-           'loop', 'History', 'plot_history', 'write', 'save_state', 'save_metrics', 'load_state', 'save_adapter',
-           'check_run', 'check_model', 'check_folder', 'start', 'summary', 'scalar_writer', 'write_down', 'record',
-           'finish', 'go', 'rescue', 'train_expert', 'gold_batch', 'answer_step', 'sft']
+           'check_sampling', 'seed_of', 'batch_rows', 'chunks', 'world', 'join_world', 'exchange', 'sum_gradients',
+           'Run', 'snapshot', 'restore', 'begin', 'collect', 'judged', 'autocast', 'in_mode', 'micro_batches', 'learn',
+           'add_sums', 'pays', 'stepping', 'mean', 'policy_step', 'lr_at', 'Diverged', 'update', 'probe', 'val_plan',
+           'validate', 'score', 'validations', 'best_step', 'stale', 'write', 'save_state', 'save_metrics',
+           'load_state', 'save_adapter', 'until_interrupted', 'loop', 'check_run', 'check_model', 'check_folder',
+           'start', 'one_step', 'summary', 'scalar_writer', 'write_down', 'History', 'plot_history', 'record', 'finish',
+           'go', 'rescue', 'train_expert', 'gold_batch', 'answer_step', 'sft']
 
 # %% ../nbs/09_reinforce.ipynb #07c6dcfd
 import hashlib, importlib.util, json, math, os, random, shlex, signal, sys, tempfile
@@ -27,9 +27,9 @@ from torch.nn.functional import pad
 from tqdm.auto import tqdm
 
 from .adapter import svf_layers
+from .evaluate import (base_name, item_id, licence_of, make_result, model_card,
+                                         peak_memory, save, versions, write_atomic)
 from .fused import can_fuse, check_fused, fused
-from .evaluate import (item_id, make_result, peak_memory, save, versions,
-                                         write_atomic)
 from .rollout import (Rollouts, check_room, encode, entropy, eos_ids, forked_rng,
                                         inner, items_of, pad_id, pad_left, rollout, token_logprobs,
                                         vocab_logprobs)
@@ -60,7 +60,7 @@ def kl_per_token(logp: torch.Tensor,  # (..., V) log-probabilities of the policy
     if of == "policy": return (logp.exp() * (logp - ref)).sum(-1)
     return (ref.exp() * (ref - logp)).sum(-1)
 
-# %% ../nbs/09_reinforce.ipynb #35941c42
+# %% ../nbs/09_reinforce.ipynb #268cfed2
 def kl_to_go(kl: torch.Tensor  # (B, T), 0 after the end of each answer
             ) -> torch.Tensor: # (B, T)
     "The divergence at all places after each place: what the choice made there leads to"
@@ -150,7 +150,7 @@ class ReinforceConfig(AskConfig, ObjectiveConfig):
     lr: float = 1e-2                 # peak learning rate of AdamW
     warmup: int = 0                  # steps over which it rises
     schedule: str = "constant"       # "constant", or "cosine" down to 0
-    weight_decay: float = 0.         # pulls a linear z toward 0, which is not the base
+    weight_decay: float = 0.         # pulls d = z - 1 toward 0, which is the base
     max_grad_norm: float = 1.        # clip the gradient to this norm; None leaves it alone
     micro_batch: int = None          # rows per forward and backward pass; None: rollout_batch
     fused: bool | str = "auto"       # SVF on dense W' within a step: True, False, or "auto", when
@@ -197,7 +197,7 @@ def check_config(c: ReinforceConfig) -> None: # raises ValueError naming the fie
             raise ValueError(f"{k}={x}: must be above {low}")
     check_sampling(c)
 
-# %% ../nbs/09_reinforce.ipynb #451198ba
+# %% ../nbs/09_reinforce.ipynb #c87ef912
 def check_sampling(c: ReinforceConfig) -> None: # raises ValueError naming the field
     "What is wrong only in combination: batch, samples, advantage and temperature"
     hot = c.temperature if c.val_temperature is None else c.val_temperature
@@ -214,52 +214,6 @@ def check_sampling(c: ReinforceConfig) -> None: # raises ValueError naming the f
             (c.val_samples or 1) > 1 and hot == 0}
     for message, applies in wrong.items():
         if applies: raise ValueError(message)
-
-# %% ../nbs/09_reinforce.ipynb #0b2fdb48
-@dataclass
-class Run:
-    "One training run: what it works on, and how far it has come"
-    model: nn.Module
-    tokenizer: object
-    task: Task
-    config: ReinforceConfig
-    out: Path | None = None
-    train: list = field(default_factory=list)       # examples
-    validation: list = field(default_factory=list)
-    step: int = 0                                   # optimizer steps done
-    metrics: list = field(default_factory=list)     # a dict per step; step 0 is the untouched model
-    best: dict = field(default_factory=dict)        # {name: tensor} of the best validation
-    good: dict = field(default_factory=dict)        # of the last step that ended well
-    ahead: torch.Tensor = None                      # (T,) mean of `kl_to_go` in the last step
-    seconds: float = 0.
-
-    def __post_init__(self):
-        self.params = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
-        lr, decay = self.config.lr, self.config.weight_decay
-        if self.params:
-            self.optimizer = torch.optim.AdamW(self.params.values(), lr=lr, weight_decay=decay)
-
-    @property
-    def tokens(self) -> int: return self.config.max_new_tokens or self.task.max_new_tokens
-
-# %% ../nbs/09_reinforce.ipynb #c5f5d801
-def snapshot(run: Run) -> dict: # {name: tensor}, copies
-    "The trained parameters as they are"
-    return {n: p.detach().clone() for n, p in run.params.items()}
-
-@torch.no_grad()
-def restore(run: Run, values: dict) -> None:
-    "Put trained parameters back"
-    for n, p in run.params.items(): p.copy_(values[n])
-
-# %% ../nbs/09_reinforce.ipynb #2e4fafd9
-def begin(model, tokenizer, task: Task, config: ReinforceConfig, out: str | Path | None) -> Run:
-    "A run with its examples: all of the training split, and `val_limit` validation prompts"
-    join_world()
-    validation = list(task.examples("validation"))
-    validation = random.Random(0).sample(validation, min(config.val_limit, len(validation)))
-    out = None if out is None else Path(out)
-    return Run(model, tokenizer, task, config, out, list(task.examples("train")), validation)
 
 # %% ../nbs/09_reinforce.ipynb #1bd79f01
 def seed_of(*parts) -> int: # 63 bits
@@ -302,7 +256,7 @@ def exchange(work: Callable) -> list: # what `work` returned in each process
         if isinstance(r, Exception): raise r
     return everyone
 
-# %% ../nbs/09_reinforce.ipynb #ffa888ea
+# %% ../nbs/09_reinforce.ipynb #a032b1b0
 def sum_gradients(params: list[nn.Parameter]) -> None:
     "Add up .grad over all processes"
     for p in params:
@@ -312,6 +266,52 @@ def sum_gradients(params: list[nn.Parameter]) -> None:
     dist.all_reduce(flat)
     parts = flat.split([p.numel() for p in params])
     for p, g in zip(params, parts): p.grad.copy_(g.view_as(p))
+
+# %% ../nbs/09_reinforce.ipynb #0b2fdb48
+@dataclass
+class Run:
+    "One training run: what it works on, and how far it has come"
+    model: nn.Module
+    tokenizer: object
+    task: Task
+    config: ReinforceConfig
+    out: Path | None = None
+    train: list = field(default_factory=list)       # examples
+    validation: list = field(default_factory=list)
+    step: int = 0                                   # optimizer steps done
+    metrics: list = field(default_factory=list)     # a dict per step; step 0 is the untouched model
+    best: dict = field(default_factory=dict)        # {name: tensor} of the best validation
+    good: dict = field(default_factory=dict)        # of the last step that ended well
+    ahead: torch.Tensor = None                      # (T,) mean of `kl_to_go` in the last step
+    seconds: float = 0.
+
+    def __post_init__(self):
+        self.params = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
+        lr, decay = self.config.lr, self.config.weight_decay
+        if self.params:
+            self.optimizer = torch.optim.AdamW(self.params.values(), lr=lr, weight_decay=decay)
+
+    @property
+    def tokens(self) -> int: return self.config.max_new_tokens or self.task.max_new_tokens
+
+# %% ../nbs/09_reinforce.ipynb #2ca29ee3
+def snapshot(run: Run) -> dict: # {name: tensor}, copies
+    "The trained parameters as they are"
+    return {n: p.detach().clone() for n, p in run.params.items()}
+
+@torch.no_grad()
+def restore(run: Run, values: dict) -> None:
+    "Put trained parameters back"
+    for n, p in run.params.items(): p.copy_(values[n])
+
+# %% ../nbs/09_reinforce.ipynb #2e4fafd9
+def begin(model, tokenizer, task: Task, config: ReinforceConfig, out: str | Path | None) -> Run:
+    "A run with its examples: all of the training split, and `val_limit` validation prompts"
+    join_world()
+    validation = list(task.examples("validation"))
+    validation = random.Random(0).sample(validation, min(config.val_limit, len(validation)))
+    out = None if out is None else Path(out)
+    return Run(model, tokenizer, task, config, out, list(task.examples("train")), validation)
 
 # %% ../nbs/09_reinforce.ipynb #84a41aa3
 def collect(run: Run,
@@ -473,7 +473,7 @@ def validate(run: Run, eval_fn: Callable | None = None) -> tuple[dict, list]: # 
     if eval_fn is not None: m["val_score"] = float(eval_fn(run.model, run.tokenizer))
     return m, seen["item"]
 
-# %% ../nbs/09_reinforce.ipynb #ab072381
+# %% ../nbs/09_reinforce.ipynb #8bb3d591
 def score(m: dict) -> float: return m.get("val_score", m["val_reward"])
 
 def validations(run: Run) -> list[dict]: return [m for m in run.metrics if "val_reward" in m]
@@ -485,87 +485,6 @@ def best_step(run: Run) -> int:
 def stale(run: Run) -> int: # how many validations have passed since the best one
     "What `patience` is compared with"
     return sum(m["step"] > best_step(run) for m in validations(run))
-
-# %% ../nbs/09_reinforce.ipynb #f3819388
-def one_step(run: Run, gradient: Callable, eval_fn: Callable | None) -> dict: # metrics
-    "Gradient, update, and validation when it is due"
-    c, began = run.config, time.perf_counter()
-    probe(run)
-    m = dict(step=run.step + 1) | gradient(run)
-    update(run, m)
-    run.step += 1
-    if run.step == c.steps or c.val_every and run.step % c.val_every == 0:
-        probe(run)
-        m |= validate(run, eval_fn)[0]
-    m["seconds"] = time.perf_counter() - began
-    run.metrics.append(m)
-    run.seconds += m["seconds"]
-    if "val_reward" in m and best_step(run) == run.step: run.best = snapshot(run)
-    return m
-
-# %% ../nbs/09_reinforce.ipynb #f797a123
-@contextmanager
-def until_interrupted() -> Iterator[Callable]: # a function that says whether Ctrl-C was pressed
-    "The first Ctrl-C lets the current step end; the second stops at once"
-    pressed = []
-    def note(*_):
-        if pressed: raise KeyboardInterrupt
-        pressed.append(True)
-        tqdm.write("Stopping after this step; press Ctrl-C again to stop at once.")
-    main = threading.current_thread() is threading.main_thread()
-    old = signal.signal(signal.SIGINT, note) if main else None
-    try: yield lambda: any(exchange(lambda: bool(pressed)))
-    finally:
-        if main: signal.signal(signal.SIGINT, old)
-
-# %% ../nbs/09_reinforce.ipynb #559d2da1
-def loop(run: Run, gradient: Callable, eval_fn: Callable | None,
-         after: Callable = lambda m: None # called with the metrics of each step
-        ) -> str:                         # why it ended
-    "Step after step"
-    c = run.config
-    with until_interrupted() as interrupted:
-        while run.step < c.steps:
-            if c.patience and stale(run) >= c.patience:
-                return f"no better validation in {c.patience}"
-            after(one_step(run, gradient, eval_fn))
-            if run.step < c.steps and interrupted(): return "interrupted"
-    return "all steps done"
-
-# %% ../nbs/09_reinforce.ipynb #7f2e0d1c
-@dataclass
-class History:
-    "What a run has to tell"
-    metrics: list            # one dict per step; step 0 is the untouched model
-    best_step: int           # whose z the model carries now
-    stopped: str             # why the run ended
-    result: dict             # the content of result.json
-
-    def column(self, name: str) -> tuple[list, list]: # (steps, values)
-        "One quantity over the steps that have it"
-        rows = [(m["step"], m[name]) for m in self.metrics if name in m]
-        return tuple(map(list, zip(*rows))) or ([], [])
-
-    def plot(self, axes=None): return plot_history(self, axes)
-
-def plot_history(history: History,
-                 axes=None         # two axes, or one that gets a second scale; None: a new figure
-                ):                 # the two axes
-    "Mean reward of rollouts and validation, each on its own axis; the kept step marked"
-    if axes is None:
-        from matplotlib.figure import Figure
-        axes = Figure(figsize=(7, 2.6), layout="constrained").subplots(1, 2, sharex=True)
-    if hasattr(axes, "twinx"): axes = axes, axes.twinx()
-    warm = history.result.get("temperature")
-    how = "validation" if warm is None else f"validation, {'sampled' if warm else 'greedy'}"
-    lines = ("reward", "rollouts", "C0-"), ("val_reward", how, "C1o-")
-    for ax, (name, who, style) in zip(axes, lines):
-        ax.plot(*history.column(name), style, markersize=4)
-        ax.set(xlabel="step", ylabel=f"mean reward, {who}")
-        ax.yaxis.label.set_color(style[:2])
-        ax.axvline(history.best_step, color="0.7", linestyle=":")
-    axes[0].set_title(f"kept: step {history.best_step}", fontsize=9, loc="left")
-    return axes
 
 # %% ../nbs/09_reinforce.ipynb #e558ba0a
 STATE = ("step", "best", "good", "ahead", "metrics", "seconds") # fields of a `Run`
@@ -623,8 +542,39 @@ def save_adapter(run: Run, values: dict, folder: str = ".") -> None:
             run.model.save_pretrained(tmp, selected_adapters=[name], save_embedding_layers=False)
             (run.out / folder).mkdir(exist_ok=True)
             made = Path(tmp) / ("" if name == "default" else name)
-            for f in sorted(made.iterdir()): os.replace(f, run.out / folder / f.name)
+            for f in sorted(made.iterdir()):
+                if f.name == "README.md": continue        # PEFT's card is blank
+                os.replace(f, run.out / folder / f.name)
     finally: restore(run, now)
+
+# %% ../nbs/09_reinforce.ipynb #f797a123
+@contextmanager
+def until_interrupted() -> Iterator[Callable]: # a function that says whether Ctrl-C was pressed
+    "The first Ctrl-C lets the current step end; the second stops at once"
+    pressed = []
+    def note(*_):
+        if pressed: raise KeyboardInterrupt
+        pressed.append(True)
+        tqdm.write("Stopping after this step; press Ctrl-C again to stop at once.")
+    main = threading.current_thread() is threading.main_thread()
+    old = signal.signal(signal.SIGINT, note) if main else None
+    try: yield lambda: any(exchange(lambda: bool(pressed)))
+    finally:
+        if main: signal.signal(signal.SIGINT, old)
+
+# %% ../nbs/09_reinforce.ipynb #1c79ea52
+def loop(run: Run, gradient: Callable, eval_fn: Callable | None,
+         after: Callable = lambda m: None # called with the metrics of each step
+        ) -> str:                         # why it ended
+    "Step after step"
+    c = run.config
+    with until_interrupted() as interrupted:
+        while run.step < c.steps:
+            if c.patience and stale(run) >= c.patience:
+                return f"no better validation in {c.patience}"
+            after(one_step(run, gradient, eval_fn))
+            if run.step < c.steps and interrupted(): return "interrupted"
+    return "all steps done"
 
 # %% ../nbs/09_reinforce.ipynb #3017565e
 def check_run(run: Run, resume: bool) -> None:
@@ -657,7 +607,7 @@ def check_model(run: Run) -> None:
                              " start from a good adapter")
     if run.config.fused is True: check_fused(run.model)
 
-# %% ../nbs/09_reinforce.ipynb #b85fe932
+# %% ../nbs/09_reinforce.ipynb #2d09089e
 def check_folder(out: str | Path, resume: bool) -> None:
     "A run starts in a folder that is new or empty, and resumes in one that holds a run"
     out = Path(out)
@@ -683,6 +633,23 @@ def start(run: Run, resume: bool, eval_fn: Callable | None) -> None:
     save_metrics(run)
     save_state(run)
 
+# %% ../nbs/09_reinforce.ipynb #f3819388
+def one_step(run: Run, gradient: Callable, eval_fn: Callable | None) -> dict: # metrics
+    "Gradient, update, and validation when it is due"
+    c, began = run.config, time.perf_counter()
+    probe(run)
+    m = dict(step=run.step + 1) | gradient(run)
+    update(run, m)
+    run.step += 1
+    if run.step == c.steps or c.val_every and run.step % c.val_every == 0:
+        probe(run)
+        m |= validate(run, eval_fn)[0]
+    m["seconds"] = time.perf_counter() - began
+    run.metrics.append(m)
+    run.seconds += m["seconds"]
+    if "val_reward" in m and best_step(run) == run.step: run.best = snapshot(run)
+    return m
+
 # %% ../nbs/09_reinforce.ipynb #51df05ae
 def summary(m: dict) -> str:
     "What the progress bar shows"
@@ -705,24 +672,58 @@ def write_down(run: Run) -> None:
     save_metrics(run, last=True)
     if run.step % run.config.save_every == 0 or run.step == run.config.steps: save_state(run)
 
+# %% ../nbs/09_reinforce.ipynb #7f2e0d1c
+@dataclass
+class History:
+    "What a run has to tell"
+    metrics: list            # one dict per step; step 0 is the untouched model
+    best_step: int           # whose z the model carries now
+    stopped: str             # why the run ended
+    result: dict             # the content of result.json
+
+    def column(self, name: str) -> tuple[list, list]: # (steps, values)
+        "One quantity over the steps that have it"
+        rows = [(m["step"], m[name]) for m in self.metrics if name in m]
+        return tuple(map(list, zip(*rows))) or ([], [])
+
+    def plot(self, axes=None): return plot_history(self, axes)
+
+def plot_history(history: History,
+                 axes=None         # two axes, or one that gets a second scale; None: a new figure
+                ):                 # the two axes
+    "Mean reward of rollouts and validation, each on its own axis; the kept step marked"
+    if axes is None:
+        from matplotlib.figure import Figure
+        axes = Figure(figsize=(7, 2.6), layout="constrained").subplots(1, 2, sharex=True)
+    if hasattr(axes, "twinx"): axes = axes, axes.twinx()
+    warm = history.result.get("temperature")
+    how = "validation" if warm is None else f"validation, {'sampled' if warm else 'greedy'}"
+    lines = ("reward", "rollouts", "C0-"), ("val_reward", how, "C1o-")
+    for ax, (name, who, style) in zip(axes, lines):
+        ax.plot(*history.column(name), style, markersize=4)
+        ax.set(xlabel="step", ylabel=f"mean reward, {who}")
+        ax.yaxis.label.set_color(style[:2])
+        ax.axvline(history.best_step, color="0.7", linestyle=":")
+    axes[0].set_title(f"kept: step {history.best_step}", fontsize=9, loc="left")
+    return axes
+
 # %% ../nbs/09_reinforce.ipynb #2a5d23f7
 def record(run: Run, stopped: str, items: list): # an evaluate.Result
     "The validation of the kept z as room 08 would write it, with the story of the run beside it"
-    c, model = run.config, inner(run.model)
-    samples, temperature = val_plan(c, len(run.validation))
-    name = model.config.name_or_path or type(model).__name__
-    settings = dict(task=run.task.name, split="validation", questions=len(run.validation),
-                    model=name, seed=c.seed, temperature=temperature, samples=samples,
+    c, n, base = run.config, len(run.validation), inner(run.model)
+    samples, temperature = val_plan(c, n)
+    settings = dict(task=run.task.name, split="validation", questions=n, seed=c.seed,
+                    model=base.config.name_or_path or type(base).__name__, base=base_name(base),
+                    licence=licence_of(base_name(base)), temperature=temperature, samples=samples,
                     max_new_tokens=run.tokens)
-    method = str(run.model.active_peft_config.peft_type.value)
-    training = dict(method=method, parameters=sum(p.numel() for p in run.params.values()),
-                    config=asdict(c),
+    training = dict(method=str(run.model.active_peft_config.peft_type.value),
+                    parameters=sum(p.numel() for p in run.params.values()), config=asdict(c),
                     before={k: v for k, v in run.metrics[0].items() if k != "step"},
                     reward=mean([i["reward"] for i in items]), best_step=best_step(run),
                     steps=run.step, stopped=stopped)
-    command = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
-    facts = dict(command=command, versions=versions(), seconds=round(run.seconds, 3),
-                 peak_memory_mb=peak_memory(model.device), processes=world()[1])
+    facts = dict(command=shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]), versions=versions(),
+                 seconds=round(run.seconds, 3), peak_memory_mb=peak_memory(base.device),
+                 processes=world()[1])
     items = [dict(id=item_id(i["prompt"], i["gold"])) | i for i in items]
     return make_result(items, settings | dict(training=training), facts)
 
@@ -740,6 +741,7 @@ def finish(run: Run, stopped: str) -> History:
     if run.out is not None and not world()[0]:
         figure = plot_history(history)[0].figure
         write(run.out / "reward.png", lambda path: figure.savefig(path, format="png", dpi=90))
+        write_atomic(run.out / "README.md", model_card(history.result))
         save(result, run.out)
     return history
 
@@ -818,7 +820,7 @@ def answer_step(run: Run) -> dict: # metrics
     with stepping(run), in_mode(run): nll = sum(exchange(work))
     return dict(nll=nll, loss=nll, tokens=tokens / len(rows))
 
-# %% ../nbs/09_reinforce.ipynb #0d581132
+# %% ../nbs/09_reinforce.ipynb #3a7e7a6d
 def sft(model: nn.Module, tokenizer, task: Task,
         config: ReinforceConfig = ReinforceConfig(), # what concerns rollouts is unused
         out: str | Path | None = None, resume: bool = False,
