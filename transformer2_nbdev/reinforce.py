@@ -4,14 +4,15 @@
 
 # %% auto #0
 __all__ = ['PAPER', 'OFFICIAL', 'CHOICES', 'AT_LEAST', 'ABOVE', 'STATE', 'FREE', 'advantages', 'kl_per_token', 'kl_to_go',
-           'reference', 'policy_loss', 'AskConfig', 'ObjectiveConfig', 'ReinforceConfig', 'check_config',
-           'check_sampling', 'seed_of', 'batch_rows', 'chunks', 'world', 'join_world', 'exchange', 'sum_gradients',
-           'Run', 'snapshot', 'restore', 'begin', 'collect', 'judged', 'autocast', 'in_mode', 'micro_batches', 'learn',
-           'add_sums', 'pays', 'stepping', 'mean', 'policy_step', 'lr_at', 'Diverged', 'update', 'probe', 'val_plan',
-           'validate', 'score', 'validations', 'best_step', 'stale', 'write', 'save_state', 'save_metrics',
-           'load_state', 'save_adapter', 'until_interrupted', 'loop', 'check_run', 'check_model', 'check_folder',
-           'start', 'one_step', 'summary', 'scalar_writer', 'write_down', 'History', 'plot_history', 'record', 'finish',
-           'go', 'rescue', 'train_expert', 'gold_batch', 'answer_step', 'sft']
+           'reference', 'policy_loss', 'AskConfig', 'ObjectiveConfig', 'ReinforceConfig', 'rate_of', 'check_config',
+           'check_sampling', 'Run', 'snapshot', 'restore', 'begin', 'seed_of', 'batch_rows', 'chunks', 'world',
+           'join_world', 'exchange', 'sum_gradients', 'collect', 'judged', 'autocast', 'in_mode', 'micro_batches',
+           'learn', 'add_sums', 'pays', 'stepping', 'mean', 'some_rows', 'policy_step', 'pace', 'Diverged', 'update',
+           'adam', 'moved', 'trusted', 'probe', 'val_plan', 'validate', 'score', 'validations', 'best_step', 'stale',
+           'one_step', 'until_interrupted', 'loop', 'History', 'plot_history', 'write', 'save_state', 'save_metrics',
+           'load_state', 'save_adapter', 'check_run', 'check_model', 'check_folder', 'start', 'summary',
+           'scalar_writer', 'write_down', 'record', 'finish', 'go', 'rescue', 'train_expert', 'gold_batch',
+           'answer_step', 'sft']
 
 # %% ../nbs/09_reinforce.ipynb #07c6dcfd
 import hashlib, importlib.util, json, math, os, random, shlex, signal, sys, tempfile
@@ -33,7 +34,7 @@ from .evaluate import (base_name, item_id, licence_of, make_result, model_card,
 from .fused import can_fuse, check_fused, fused
 from .rollout import (Rollouts, check_room, encode, entropy, eos_ids, forked_rng,
                                         inner, items_of, pad_id, pad_left, rollout, token_logprobs,
-                                        vocab_logprobs)
+                                        undisturbed, vocab_logprobs)
 from .tasks import Task, render
 
 # %% ../nbs/09_reinforce.ipynb #1c0ac679
@@ -146,10 +147,12 @@ class ObjectiveConfig:
 # %% ../nbs/09_reinforce.ipynb #81fa4c3a
 @dataclass(kw_only=True)
 class ReinforceConfig(AskConfig, ObjectiveConfig):
-    "How to train. The defaults suit a small model and a reward of -1 or +1"
+    "How to train. The defaults suit a reward of -1 or +1"
     steps: int = 50                  # optimizer steps
-    lr: float = 1e-2                 # peak learning rate of AdamW
-    warmup: int = 0                  # steps over which it rises
+    lr: float | str = "auto"         # peak learning rate of AdamW; "auto": what moves the policy by
+                                     # `step_kl` in the first step, and never much more later
+    step_kl: float = 0.004           # how far one step may move the policy (nats per token)
+    warmup: int = 0                  # steps over which the rate rises
     schedule: str = "constant"       # "constant", or "cosine" down to 0
     weight_decay: float = 0.         # pulls d = z - 1 toward 0, which is the base
     max_grad_norm: float = 1.        # clip the gradient to this norm; None leaves it alone
@@ -162,7 +165,9 @@ class ReinforceConfig(AskConfig, ObjectiveConfig):
     seed: int = 0                    # everything random follows from it
     tensorboard: bool = False        # also write TensorBoard events
 
-    def __post_init__(self): check_config(self)
+    def __post_init__(self):
+        self.lr = rate_of(self.lr)
+        check_config(self)
 
     @classmethod
     def paper(cls, **kwargs) -> "ReinforceConfig": return cls(**PAPER | kwargs)
@@ -181,8 +186,13 @@ CHOICES = dict(schedule=("cosine", "constant"), kl_of=("policy", "base"),
                autocast=(None, "bf16"))
 AT_LEAST = dict(steps=1, batch_size=1, samples=1, warmup=0, weight_decay=0, kl=0, temperature=0,
                 rollout_batch=1, val_every=0, val_limit=1, save_every=1)
-ABOVE = dict(lr=0, max_grad_norm=0, max_kl=0, top_p=0, max_new_tokens=0, micro_batch=0, patience=0,
-             val_samples=0)
+ABOVE = dict(lr=0, step_kl=0, max_grad_norm=0, max_kl=0, top_p=0, max_new_tokens=0, micro_batch=0,
+             patience=0, val_samples=0)
+
+def rate_of(lr: float | str) -> float | str: # a number, or "auto"
+    "A learning rate as it comes from a command line"
+    try: return lr if lr == "auto" else float(lr)
+    except ValueError: raise ValueError(f'lr={lr!r}: give a number above 0, or "auto"') from None
 
 def check_config(c: ReinforceConfig) -> None: # raises ValueError naming the field
     "Everything that can be wrong with a config, said in one line each"
@@ -194,7 +204,7 @@ def check_config(c: ReinforceConfig) -> None: # raises ValueError naming the fie
         if not low <= x < math.inf: raise ValueError(f"{k}={x}: must be at least {low}")
     for k, low in ABOVE.items():
         x = getattr(c, k)
-        if x is not None and not low < x < math.inf:
+        if x not in (None, "auto") and not low < x < math.inf:
             raise ValueError(f"{k}={x}: must be above {low}")
     check_sampling(c)
 
@@ -215,6 +225,55 @@ def check_sampling(c: ReinforceConfig) -> None: # raises ValueError naming the f
             (c.val_samples or 1) > 1 and hot == 0}
     for message, applies in wrong.items():
         if applies: raise ValueError(message)
+
+# %% ../nbs/09_reinforce.ipynb #0b2fdb48
+@dataclass
+class Run:
+    "One training run: what it works on, and how far it has come"
+    model: nn.Module
+    tokenizer: object
+    task: Task
+    config: ReinforceConfig
+    out: Path | None = None
+    train: list = field(default_factory=list)       # examples
+    validation: list = field(default_factory=list)
+    step: int = 0                                   # optimizer steps done
+    metrics: list = field(default_factory=list)     # a dict per step; step 0 is the untouched model
+    best: dict = field(default_factory=dict)        # {name: tensor} of the best validation
+    good: dict = field(default_factory=dict)        # of the last step that ended well
+    ahead: torch.Tensor = None                      # (T,) mean of `kl_to_go` in the last step
+    rate: float = None                              # the learning rate that `lr="auto"` found
+    places: tuple = None                            # ids, mask, prompt_len, temperature: some rows
+                                                    # of the batch, to measure the step on
+    seconds: float = 0.
+
+    def __post_init__(self):
+        self.params = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
+        if self.params:
+            decay = self.config.weight_decay
+            self.optimizer = torch.optim.AdamW(self.params.values(), weight_decay=decay)
+
+    @property
+    def tokens(self) -> int: return self.config.max_new_tokens or self.task.max_new_tokens
+
+# %% ../nbs/09_reinforce.ipynb #2ca29ee3
+def snapshot(run: Run) -> dict: # {name: tensor}, copies
+    "The trained parameters as they are"
+    return {n: p.detach().clone() for n, p in run.params.items()}
+
+@torch.no_grad()
+def restore(run: Run, values: dict) -> None:
+    "Put trained parameters back"
+    for n, p in run.params.items(): p.copy_(values[n])
+
+# %% ../nbs/09_reinforce.ipynb #2e4fafd9
+def begin(model, tokenizer, task: Task, config: ReinforceConfig, out: str | Path | None) -> Run:
+    "A run with its examples: all of the training split, and `val_limit` validation prompts"
+    join_world()
+    validation = list(task.examples("validation"))
+    validation = random.Random(0).sample(validation, min(config.val_limit, len(validation)))
+    out = None if out is None else Path(out)
+    return Run(model, tokenizer, task, config, out, list(task.examples("train")), validation)
 
 # %% ../nbs/09_reinforce.ipynb #1bd79f01
 def seed_of(*parts) -> int: # 63 bits
@@ -267,52 +326,6 @@ def sum_gradients(params: list[nn.Parameter]) -> None:
     dist.all_reduce(flat)
     parts = flat.split([p.numel() for p in params])
     for p, g in zip(params, parts): p.grad.copy_(g.view_as(p))
-
-# %% ../nbs/09_reinforce.ipynb #0b2fdb48
-@dataclass
-class Run:
-    "One training run: what it works on, and how far it has come"
-    model: nn.Module
-    tokenizer: object
-    task: Task
-    config: ReinforceConfig
-    out: Path | None = None
-    train: list = field(default_factory=list)       # examples
-    validation: list = field(default_factory=list)
-    step: int = 0                                   # optimizer steps done
-    metrics: list = field(default_factory=list)     # a dict per step; step 0 is the untouched model
-    best: dict = field(default_factory=dict)        # {name: tensor} of the best validation
-    good: dict = field(default_factory=dict)        # of the last step that ended well
-    ahead: torch.Tensor = None                      # (T,) mean of `kl_to_go` in the last step
-    seconds: float = 0.
-
-    def __post_init__(self):
-        self.params = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
-        lr, decay = self.config.lr, self.config.weight_decay
-        if self.params:
-            self.optimizer = torch.optim.AdamW(self.params.values(), lr=lr, weight_decay=decay)
-
-    @property
-    def tokens(self) -> int: return self.config.max_new_tokens or self.task.max_new_tokens
-
-# %% ../nbs/09_reinforce.ipynb #2ca29ee3
-def snapshot(run: Run) -> dict: # {name: tensor}, copies
-    "The trained parameters as they are"
-    return {n: p.detach().clone() for n, p in run.params.items()}
-
-@torch.no_grad()
-def restore(run: Run, values: dict) -> None:
-    "Put trained parameters back"
-    for n, p in run.params.items(): p.copy_(values[n])
-
-# %% ../nbs/09_reinforce.ipynb #2e4fafd9
-def begin(model, tokenizer, task: Task, config: ReinforceConfig, out: str | Path | None) -> Run:
-    "A run with its examples: all of the training split, and `val_limit` validation prompts"
-    join_world()
-    validation = list(task.examples("validation"))
-    validation = random.Random(0).sample(validation, min(config.val_limit, len(validation)))
-    out = None if out is None else Path(out)
-    return Run(model, tokenizer, task, config, out, list(task.examples("train")), validation)
 
 # %% ../nbs/09_reinforce.ipynb #84a41aa3
 def collect(run: Run,
@@ -407,6 +420,11 @@ def stepping(run: Run):
 # %% ../nbs/09_reinforce.ipynb #783d2728
 def mean(xs) -> float: return sum(xs) / max(len(xs), 1)
 
+def some_rows(r: Rollouts, most: int = 32) -> tuple: # ids, mask, prompt_len, temperature
+    "Rows of a batch to measure its step on: enough for an average over places"
+    r = r[list(range(min(most, len(r))))]
+    return r.ids, r.mask, r.prompt_len, r.temperature
+
 def policy_step(run: Run) -> dict: # metrics
     "Roll out, judge, and fill .grad with the gradient of the objective"
     c = run.config
@@ -417,6 +435,7 @@ def policy_step(run: Run) -> dict: # metrics
         A, n = advantages(torch.tensor(seen["reward"]), c.advantage, c.samples), sum(seen["tokens"])
         size = n if c.reduction == "token" else len(rows)
         parts = exchange(lambda: learn(run, mine, A, 1 / size))
+    run.places = some_rows(next(iter(mine.values())))
     total = {k: (max if k == "gap" else sum)(p[k] for p in parts) for k in parts[0]}
     run.ahead = total["to_go"] / total["places"].clamp(min=1)
     return dict(reward=mean(seen["reward"]), accuracy=mean(seen["correct"]), kl=total["kl"] / n,
@@ -424,11 +443,10 @@ def policy_step(run: Run) -> dict: # metrics
                 finished=mean(seen["finished"]), gap=total["gap"])
 
 # %% ../nbs/09_reinforce.ipynb #502cfac6
-def lr_at(c: ReinforceConfig, step: int) -> float:
-    "Learning rate of a step: linear warm-up, then half a cosine down to 0"
-    rise = min(1., (step + 1) / (c.warmup + 1))
-    if c.schedule == "constant" or step < c.warmup: return c.lr * rise
-    return c.lr * 0.5 * (1 + math.cos(math.pi * (step - c.warmup) / max(c.steps - c.warmup, 1)))
+def pace(c: ReinforceConfig, step: int) -> float: # in (0, 1]
+    "The share of the peak rate that a step gets: linear warm-up, then half a cosine down to 0"
+    if c.schedule == "constant" or step < c.warmup: return min(1., (step + 1) / (c.warmup + 1))
+    return 0.5 * (1 + math.cos(math.pi * (step - c.warmup) / max(c.steps - c.warmup, 1)))
 
 class Diverged(ArithmeticError):
     "The run left the region in which its numbers mean something; the last good z is kept"
@@ -438,15 +456,57 @@ def update(run: Run, m: dict) -> None: # m: the step's metrics; grad_norm and lr
     c, params = run.config, list(run.params.values())
     sum_gradients(params)
     m["grad_norm"] = float(torch.nn.utils.clip_grad_norm_(params, c.max_grad_norm or math.inf))
-    m["lr"] = lr_at(c, run.step)
     for k in ("loss", "kl", "grad_norm"):
         if not math.isfinite(m.get(k, 0)): raise Diverged(f"{k} is {m[k]}")
     if c.max_kl is not None and m.get("kl", 0) > c.max_kl:
         away = f"the policy is {m['kl']:.1f} nats per token away from the base"
         raise Diverged(f"{away} (max_kl={c.max_kl:g})")
     run.good = snapshot(run)
-    for g in run.optimizer.param_groups: g["lr"] = m["lr"]
-    run.optimizer.step(); run.optimizer.zero_grad()
+    if c.lr != "auto": m["lr"] = adam(run, c.lr * pace(c, run.step))
+    elif m["grad_norm"] > 1e-6: m |= trusted(run)
+    else:                           # rounding error, which Adam would blow up: no step
+        m |= dict(lr=0., step_kl=0.)
+        run.optimizer.zero_grad()
+
+def adam(run: Run, lr: float) -> float:
+    "One step of the optimizer at this rate"
+    for g in run.optimizer.param_groups: g["lr"] = lr
+    run.optimizer.step()
+    run.optimizer.zero_grad()
+    return lr
+
+# %% ../nbs/09_reinforce.ipynb #af772c5d
+def moved(run: Run, before: dict # {name: tensor}: the parameters to compare the present ones with
+         ) -> float:             # nats per token
+    "KL(policy before || policy now), on some rows of the step's batch"
+    ids, mask, P, _ = run.places
+    now, kept = snapshot(run), mask[:, P:] == 1
+    with undisturbed(run.model), autocast(run):
+        after = vocab_logprobs(run.model, *run.places)
+        restore(run, before)
+        was = vocab_logprobs(run.model, *run.places)
+    restore(run, now)
+    total = kl_per_token(was, after)[kept].sum().item()
+    parts = exchange(lambda: (total, int(kept.sum())))
+    return sum(kl for kl, _ in parts) / sum(n for _, n in parts)
+
+# %% ../nbs/09_reinforce.ipynb #04b2f3d2
+def trusted(run: Run, guess: float = 1e-3 # the first rate that is tried
+           ) -> dict:                     # metrics: lr, step_kl
+    "An Adam step whose length is set by what it does to the policy"
+    c, before, share = run.config, run.good, pace(run.config, run.step)
+    first, lr = run.rate is None, adam(run, (run.rate or guess) * share)
+    step = {n: p.detach() - before[n] for n, p in run.params.items()}
+    for _ in range(8):
+        kl = moved(run, before)
+        low = c.step_kl / 2 if first and kl > 1e-9 else 0.      # a step that does nothing stays
+        if low <= kl <= 1.5 * c.step_kl: break
+        scale = min(max(math.sqrt(c.step_kl / kl), .1), 30.) if math.isfinite(kl) else .1
+        lr *= scale
+        for v in step.values(): v *= scale
+        restore(run, {n: before[n] + v for n, v in step.items()})
+    if first and kl > 1e-9: run.rate = lr / share
+    return dict(lr=lr, step_kl=kl)
 
 # %% ../nbs/09_reinforce.ipynb #b7ead721
 @torch.no_grad()
@@ -487,8 +547,89 @@ def stale(run: Run) -> int: # how many validations have passed since the best on
     "What `patience` is compared with"
     return sum(m["step"] > best_step(run) for m in validations(run))
 
+# %% ../nbs/09_reinforce.ipynb #f3819388
+def one_step(run: Run, gradient: Callable, eval_fn: Callable | None) -> dict: # metrics
+    "Gradient, update, and validation when it is due"
+    c, began = run.config, time.perf_counter()
+    probe(run)
+    m = dict(step=run.step + 1) | gradient(run)
+    update(run, m)
+    run.step += 1
+    if run.step == c.steps or c.val_every and run.step % c.val_every == 0:
+        probe(run)
+        m |= validate(run, eval_fn)[0]
+    m["seconds"] = time.perf_counter() - began
+    run.metrics.append(m)
+    run.seconds += m["seconds"]
+    if "val_reward" in m and best_step(run) == run.step: run.best = snapshot(run)
+    return m
+
+# %% ../nbs/09_reinforce.ipynb #f797a123
+@contextmanager
+def until_interrupted() -> Iterator[Callable]: # a function that says whether Ctrl-C was pressed
+    "The first Ctrl-C lets the current step end; the second stops at once"
+    pressed = []
+    def note(*_):
+        if pressed: raise KeyboardInterrupt
+        pressed.append(True)
+        tqdm.write("Stopping after this step; press Ctrl-C again to stop at once.")
+    main = threading.current_thread() is threading.main_thread()
+    old = signal.signal(signal.SIGINT, note) if main else None
+    try: yield lambda: any(exchange(lambda: bool(pressed)))
+    finally:
+        if main: signal.signal(signal.SIGINT, old)
+
+# %% ../nbs/09_reinforce.ipynb #1c79ea52
+def loop(run: Run, gradient: Callable, eval_fn: Callable | None,
+         after: Callable = lambda m: None # called with the metrics of each step
+        ) -> str:                         # why it ended
+    "Step after step"
+    c = run.config
+    with until_interrupted() as interrupted:
+        while run.step < c.steps:
+            if c.patience and stale(run) >= c.patience:
+                return f"no better validation in {c.patience}"
+            after(one_step(run, gradient, eval_fn))
+            if run.step < c.steps and interrupted(): return "interrupted"
+    return "all steps done"
+
+# %% ../nbs/09_reinforce.ipynb #7f2e0d1c
+@dataclass
+class History:
+    "What a run has to tell"
+    metrics: list            # one dict per step; step 0 is the untouched model
+    best_step: int           # whose z the model carries now
+    stopped: str             # why the run ended
+    result: dict             # the content of result.json
+
+    def column(self, name: str) -> tuple[list, list]: # (steps, values)
+        "One quantity over the steps that have it"
+        rows = [(m["step"], m[name]) for m in self.metrics if name in m]
+        return tuple(map(list, zip(*rows))) or ([], [])
+
+    def plot(self, axes=None): return plot_history(self, axes)
+
+def plot_history(history: History,
+                 axes=None         # two axes, or one that gets a second scale; None: a new figure
+                ):                 # the two axes
+    "Mean reward of rollouts and validation, each on its own axis; the kept step marked"
+    if axes is None:
+        from matplotlib.figure import Figure
+        axes = Figure(figsize=(7, 2.6), layout="constrained").subplots(1, 2, sharex=True)
+    if hasattr(axes, "twinx"): axes = axes, axes.twinx()
+    warm = history.result.get("temperature")
+    how = "validation" if warm is None else f"validation, {'sampled' if warm else 'greedy'}"
+    lines = ("reward", "rollouts", "C0-"), ("val_reward", how, "C1o-")
+    for ax, (name, who, style) in zip(axes, lines):
+        ax.plot(*history.column(name), style, markersize=4)
+        ax.set(xlabel="step", ylabel=f"mean reward, {who}")
+        ax.yaxis.label.set_color(style[:2])
+        ax.axvline(history.best_step, color="0.7", linestyle=":")
+    axes[0].set_title(f"kept: step {history.best_step}", fontsize=9, loc="left")
+    return axes
+
 # %% ../nbs/09_reinforce.ipynb #e558ba0a
-STATE = ("step", "best", "good", "ahead", "metrics", "seconds") # fields of a `Run`
+STATE = ("step", "best", "good", "ahead", "rate", "metrics", "seconds") # fields of a `Run`
 
 def write(path: Path, make: Callable) -> None: # make: writes to the path it is given
     "Write a file under another name and rename it: a reader finds the old content or the new"
@@ -547,35 +688,6 @@ def save_adapter(run: Run, values: dict, folder: str = ".") -> None:
             for f in sorted(made.iterdir()): os.replace(f, run.out / folder / f.name)
     finally: restore(run, now)
 
-# %% ../nbs/09_reinforce.ipynb #f797a123
-@contextmanager
-def until_interrupted() -> Iterator[Callable]: # a function that says whether Ctrl-C was pressed
-    "The first Ctrl-C lets the current step end; the second stops at once"
-    pressed = []
-    def note(*_):
-        if pressed: raise KeyboardInterrupt
-        pressed.append(True)
-        tqdm.write("Stopping after this step; press Ctrl-C again to stop at once.")
-    main = threading.current_thread() is threading.main_thread()
-    old = signal.signal(signal.SIGINT, note) if main else None
-    try: yield lambda: any(exchange(lambda: bool(pressed)))
-    finally:
-        if main: signal.signal(signal.SIGINT, old)
-
-# %% ../nbs/09_reinforce.ipynb #1c79ea52
-def loop(run: Run, gradient: Callable, eval_fn: Callable | None,
-         after: Callable = lambda m: None # called with the metrics of each step
-        ) -> str:                         # why it ended
-    "Step after step"
-    c = run.config
-    with until_interrupted() as interrupted:
-        while run.step < c.steps:
-            if c.patience and stale(run) >= c.patience:
-                return f"no better validation in {c.patience}"
-            after(one_step(run, gradient, eval_fn))
-            if run.step < c.steps and interrupted(): return "interrupted"
-    return "all steps done"
-
 # %% ../nbs/09_reinforce.ipynb #3017565e
 def check_run(run: Run, resume: bool) -> None:
     "Everything that can be wrong before the first token is sampled, said in one line each"
@@ -633,23 +745,6 @@ def start(run: Run, resume: bool, eval_fn: Callable | None) -> None:
     save_metrics(run)
     save_state(run)
 
-# %% ../nbs/09_reinforce.ipynb #f3819388
-def one_step(run: Run, gradient: Callable, eval_fn: Callable | None) -> dict: # metrics
-    "Gradient, update, and validation when it is due"
-    c, began = run.config, time.perf_counter()
-    probe(run)
-    m = dict(step=run.step + 1) | gradient(run)
-    update(run, m)
-    run.step += 1
-    if run.step == c.steps or c.val_every and run.step % c.val_every == 0:
-        probe(run)
-        m |= validate(run, eval_fn)[0]
-    m["seconds"] = time.perf_counter() - began
-    run.metrics.append(m)
-    run.seconds += m["seconds"]
-    if "val_reward" in m and best_step(run) == run.step: run.best = snapshot(run)
-    return m
-
 # %% ../nbs/09_reinforce.ipynb #51df05ae
 def summary(m: dict) -> str:
     "What the progress bar shows"
@@ -671,41 +766,6 @@ def write_down(run: Run) -> None:
     "The newest line of metrics, and the state when it is due"
     save_metrics(run, last=True)
     if run.step % run.config.save_every == 0 or run.step == run.config.steps: save_state(run)
-
-# %% ../nbs/09_reinforce.ipynb #7f2e0d1c
-@dataclass
-class History:
-    "What a run has to tell"
-    metrics: list            # one dict per step; step 0 is the untouched model
-    best_step: int           # whose z the model carries now
-    stopped: str             # why the run ended
-    result: dict             # the content of result.json
-
-    def column(self, name: str) -> tuple[list, list]: # (steps, values)
-        "One quantity over the steps that have it"
-        rows = [(m["step"], m[name]) for m in self.metrics if name in m]
-        return tuple(map(list, zip(*rows))) or ([], [])
-
-    def plot(self, axes=None): return plot_history(self, axes)
-
-def plot_history(history: History,
-                 axes=None         # two axes, or one that gets a second scale; None: a new figure
-                ):                 # the two axes
-    "Mean reward of rollouts and validation, each on its own axis; the kept step marked"
-    if axes is None:
-        from matplotlib.figure import Figure
-        axes = Figure(figsize=(7, 2.6), layout="constrained").subplots(1, 2, sharex=True)
-    if hasattr(axes, "twinx"): axes = axes, axes.twinx()
-    warm = history.result.get("temperature")
-    how = "validation" if warm is None else f"validation, {'sampled' if warm else 'greedy'}"
-    lines = ("reward", "rollouts", "C0-"), ("val_reward", how, "C1o-")
-    for ax, (name, who, style) in zip(axes, lines):
-        ax.plot(*history.column(name), style, markersize=4)
-        ax.set(xlabel="step", ylabel=f"mean reward, {who}")
-        ax.yaxis.label.set_color(style[:2])
-        ax.axvline(history.best_step, color="0.7", linestyle=":")
-    axes[0].set_title(f"kept: step {history.best_step}", fontsize=9, loc="left")
-    return axes
 
 # %% ../nbs/09_reinforce.ipynb #2a5d23f7
 def record(run: Run, stopped: str, items: list): # an evaluate.Result
@@ -742,8 +802,8 @@ def finish(run: Run, stopped: str) -> History:
     if run.out is not None and not world()[0]:
         figure = plot_history(history)[0].figure
         write(run.out / "reward.png", lambda path: figure.savefig(path, format="png", dpi=90))
-        write_atomic(run.out / "README.md", model_card(history.result))
         save(result, run.out)
+        write_atomic(run.out / "README.md", model_card(history.result))
     return history
 
 # %% ../nbs/09_reinforce.ipynb #8d192ee5
@@ -773,7 +833,7 @@ def rescue(run: Run, e: Diverged) -> str: # what to tell
     restore(run, run.good)
     finish(run, what)
     kept = "the model" if run.out is None else f"{run.out} and {run.out / 'last'}"
-    lr = f"try a lower lr (now {run.config.lr:g}) or a larger kl"
+    lr = f"try a lower lr (now {run.config.lr}) or a larger kl"
     return f"{what}. The last good z is kept in {kept}; {lr}"
 
 # %% ../nbs/09_reinforce.ipynb #a2e61b36
@@ -811,6 +871,8 @@ def answer_step(run: Run) -> dict: # metrics
     rows = [run.train[i] for i in batch_rows(len(run.train), c.batch_size, run.step, c.seed)]
     parts = [gold_batch(run, part) for part in chunks(rows, c.rollout_batch).values()]
     tokens = sum(int(mask[:, P:].sum()) for _, mask, P in parts)
+    ids, mask, P = parts[rank]
+    run.places = ids[:32], mask[:32], P, 1.
     def work():
         total = 0.
         for ids, mask, P in parts[rank::n]:
