@@ -12,7 +12,7 @@ MARK = f"sbx{uuid.uuid4().hex[:12]}"      # stands in each program's text and ar
 
 
 def _available(walls):
-    try: return _run(walls, "", "", (), 5., 256, 16, 4, 100).status == "pass"
+    try: return _run(walls, "", "").status == "pass"
     except Exception: return False
 
 WALLS = [w for w in ("namespaces", "filters") if _available(w)]
@@ -334,3 +334,116 @@ def test_no_descriptor_is_lost():
     run_program(RIGHT, TESTS); before = count()
     for _ in range(5): run_program("import os; os.closerange(0, 99)", TESTS)
     assert count() == before
+
+
+# --- what is left over ---------------------------------------------------------------------------------
+def _zombies():
+    found = set()
+    for p in Path("/proc").iterdir():
+        if not p.name.isdigit(): continue
+        try: name, _, rest = (p / "stat").read_text().rpartition(")")
+        except OSError: continue
+        if rest.split()[0] == "Z" and "python" in name and int(rest.split()[1]) in (1, os.getpid()): found.add(p.name)
+    return found
+
+FORKS = "import os, time\nfor i in range(3):\n    try:\n        if os.fork() == 0: time.sleep(60)\n    except OSError: pass\n"
+@pytest.mark.parametrize("walls", [*WALLS, "limits"])
+@pytest.mark.parametrize("program, tests", [
+    ("while True: pass", TESTS), (RIGHT, "f(1)\nwhile True: pass"), (FORKS + "while True: pass", TESTS), (FORKS + RIGHT, TESTS),
+    (FORKS + "os._exit(0)", TESTS), ("for i in range(99): open(str(i), 'wb').write(bytes(1 << 20))", TESTS),
+    ("import os\ntry:\n    if os.fork() == 0:\n        os.setsid()\n        while True: pass\nexcept OSError: pass\n" + RIGHT, "f(1)\nwhile True: pass")])
+def test_no_zombie_and_no_orphan_is_left(walls, program, tests):
+    before = _zombies()
+    run_program(f"MARK = {MARK!r}\n" + program, tests, timeout=1, disk_mb=16, walls=walls)
+    deadline = time.monotonic() + 1
+    while (left := _zombies() - before) and time.monotonic() < deadline: time.sleep(.05)
+    assert not left and not _survivors() and not _litter()
+
+def test_other_processes_of_the_user_are_left_alone(attack):
+    "Their priority, processor, memory and signals: by every call that names a process or its owner."
+    bystander = subprocess.Popen(["sleep", "30"])
+    nice, cores = os.getpriority(os.PRIO_PROCESS, bystander.pid), os.sched_getaffinity(bystander.pid)
+    out = attack(f"""
+import ctypes, fcntl, os, struct
+pid, l = {bystander.pid}, ctypes.CDLL(None, use_errno=True)
+r, w = os.pipe()
+acts = dict(
+    priority=lambda: os.setpriority(os.PRIO_PROCESS, pid, 7), user=lambda: os.setpriority(os.PRIO_USER, {os.geteuid()}, 7),
+    group=lambda: os.setpriority(os.PRIO_PGRP, os.getpgid(0), 7), affinity=lambda: os.sched_setaffinity(pid, [0]),
+    scheduler=lambda: os.sched_setscheduler(pid, os.SCHED_IDLE, os.sched_param(0)), prlimit=lambda: __import__('resource').prlimit(pid, 7, (9, 9)),
+    setown=lambda: fcntl.fcntl(r, 8, pid), setown_ex=lambda: fcntl.fcntl(r, 15, struct.pack('ii', 1, pid)),
+    setsig=lambda: fcntl.fcntl(r, 10, 9), ioctl=lambda: fcntl.ioctl(r, 0x8901, struct.pack('i', pid)),
+    kill=lambda: os.kill(pid, 9), pidfd=lambda: os.pidfd_open(pid))
+for name, act in acts.items():
+    try: act(); print('did', name)
+    except OSError as e: print('no', name)
+for number in (256, 279, 312, 440, 448):
+    if l.syscall(number, pid, 0, 0, 0, 0) >= 0: print('did', number)
+""" + WRONG)
+    assert bystander.poll() is None and os.getpriority(os.PRIO_PROCESS, bystander.pid) == nice
+    assert os.sched_getaffinity(bystander.pid) == cores
+    bystander.kill()
+    bystander.wait()
+    harmless = ("user", "group", "setsig") if attack.walls == "namespaces" else ()
+    assert [l for l in out.output.splitlines() if l.startswith("did") and l.split()[1] not in harmless] == []
+
+def test_mode_owner_and_times_of_files_are_left_alone(attack, tmp_path):
+    tmp_path.chmod(0o755)
+    keep = tmp_path / "keep"
+    keep.write_text("precious")
+    keep.chmod(0o644)
+    before = keep.stat()
+    attack(f"""
+import os
+p = {str(keep)!r}
+for act in (lambda: os.chmod(p, 0), lambda: os.utime(p, (1, 1)), lambda: os.chown(p, os.getuid(), os.getgid()), lambda: os.truncate(p, 0),
+            lambda: os.setxattr(p, 'user.x', b'1'), lambda: os.link(p, 'link'), lambda: os.rename(p, 'moved'), lambda: os.chmod({str(tmp_path)!r}, 0)):
+    try: act(); print('did')
+    except OSError: pass
+""" + WRONG)
+    after = keep.stat()
+    for field in ("st_mode", "st_uid", "st_gid", "st_mtime_ns", "st_atime_ns", "st_size", "st_nlink"):
+        assert getattr(before, field) == getattr(after, field), field
+    assert keep.read_text() == "precious" and not os.listxattr(keep)
+
+def test_shared_memory_and_queues_of_the_user(attack):
+    import ctypes
+    libc = ctypes.CDLL(None, use_errno=True)
+    number = libc.shmget(0, 4096, 0o1600)
+    if number < 0: pytest.skip("no System V shared memory on this machine")
+    try:
+        out = attack(f"import ctypes\nl = ctypes.CDLL(None)\nl.shmat.restype = ctypes.c_long\nprint('shm', l.shmat({number}, None, 0))\n"
+                     f"print('rm', l.shmctl({number}, 0, None))\n" + WRONG)
+    finally: libc.shmctl(number, 0, None)
+    assert out.output.split() == ["shm", "-1", "rm", "-1"]
+
+def test_calls_newer_than_the_table_do_not_exist(attack):
+    out = attack("import ctypes\nl = ctypes.CDLL(None, use_errno=True)\nfor n in (471, 500, 999):\n    print(l.syscall(n, 0, 0, 0), ctypes.get_errno())\n" + WRONG)
+    assert out.output.split() == ["-1", "38"] * 3
+
+def test_a_link_in_place_of_the_folder_is_not_followed(tmp_path):
+    "The program's folder lies in one that it does not own; without other walls it may still try."
+    keep = tmp_path / "keep"
+    keep.mkdir()
+    (keep / "file").write_text("precious")
+    keep.chmod(0o500)
+    run_program(f"import os\nhere = os.getcwd()\nos.chdir('/')\ntry:\n    os.rmdir(here)\n    os.symlink({str(keep)!r}, here)\nexcept OSError: pass\n" + WRONG,
+                TESTS, walls="limits")
+    assert (keep / "file").read_text() == "precious" and not _litter()
+
+def test_weak_walls_must_be_asked_for(monkeypatch, capfd):
+    import transformer2_nbdev.sandbox as s
+    monkeypatch.setattr(s, "_best", "limits")
+    monkeypatch.setattr(s, "_told", set())
+    monkeypatch.delenv("TRANSFORMER2_UNCONFINED", raising=False)
+    for go in (lambda: run_program(RIGHT, TESTS), lambda: run_many([dict(program=RIGHT, tests=TESTS)], progress=False)):
+        with pytest.raises(PermissionError, match="TRANSFORMER2_UNCONFINED=1") as e: go()
+        assert "\n" not in str(e.value)
+    monkeypatch.setenv("TRANSFORMER2_UNCONFINED", "0")
+    with pytest.raises(PermissionError): run_program(RIGHT, TESTS)
+    assert run_program(RIGHT, TESTS, unconfined=True).passed and run_program(RIGHT, TESTS, walls="limits").passed
+    monkeypatch.setenv("TRANSFORMER2_UNCONFINED", "1")
+    assert run_program(RIGHT, TESTS).passed
+    assert capfd.readouterr().err.count("a program can still") == 1           # told once
+    monkeypatch.setattr(s, "_best", WALLS[0])
+    assert run_program(RIGHT, TESTS).passed
