@@ -807,6 +807,57 @@ def _give_up_privileges(cfg, uid):
     _prctl(PR_SET_DUMPABLE, 1)
     if cfg["landlock"]: _landlock(cfg["readable"], [cfg["folder"]])
 
+# %% ../nbs/17_sandbox.ipynb #255afa62
+def _stdlib_path():
+    "The folders of the standard library, without the ones that belong to the caller's project."
+    lib = os.path.dirname(os.path.realpath(os.__file__))
+    return [lib, os.path.join(lib, "lib-dynload")]
+
+_LATE = dict(collections=[""], datetime=["date", "time", "calendar"], _strptime=["strptime"],
+             decimal=["decimal", "statistics"], fractions=["fractions", "statistics"])
+
+def _import_before(job, cfg):
+    "In the judge: fix the path; where the program might write to it, import now and then never."
+    sys.path[:] = cfg["path"]
+    if cfg["guarded"]: return
+    text = job["program"] + job["tests"]
+    late = [m for m, words in _LATE.items() if any(w in text for w in words)]
+    for name in late + job["imports"] + [module for module, _ in job["own"].values()]:
+        try: __import__(name)
+        except Exception: pass                               # the tests will hear of it themselves
+    for word in job["words"]:                                    # one of them may name a codec
+        try: "".encode(word)
+        except Exception: pass
+    sys.path.clear()
+    inside = ("BuiltinImporter", "FrozenImporter")
+    sys.meta_path[:] = [f for f in sys.meta_path if f.__name__ in inside]
+
+# %% ../nbs/17_sandbox.ipynb #0f778eb1
+_START = """
+import sys
+sys.path[:] = [p for p in sys.path if p]
+import os, marshal, types
+m = sys.modules["sandbox"] = types.ModuleType("sandbox")
+n, data = int.from_bytes(os.read(0, 8), "big"), b""
+while len(data) < n and (part := os.read(0, n - len(data))): data += part
+if len(data) < n: sys.exit()                  # the caller has died
+exec(marshal.loads(data), m.__dict__)
+m._keeper(%d)
+"""
+_ENV = dict(PATH="/usr/bin:/bin", LANG="C.UTF-8", PYTHONHASHSEED="0", PYTHONSAFEPATH="1",
+            OMP_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1")
+
+def _own_code():
+    "This module, compiled: the judge need not find, read or compile it."
+    import importlib.util, marshal
+    global _compiled
+    if _compiled is None:
+        name = "transformer2_nbdev.sandbox"
+        _compiled = marshal.dumps(importlib.util.find_spec(name).loader.get_code(name))
+    return _compiled
+
+_compiled = None
+
 # %% ../nbs/17_sandbox.ipynb #6b79e016
 def _keeper(out):
     "Entry point: instructions and job on descriptor 0, verdict on descriptor `out`."
@@ -1017,57 +1068,6 @@ def _config(isolation, folder, cpu, memory_mb, disk_mb, processes, main):
                 memory_mb=memory_mb, disk_mb=disk_mb, main=main, drop_root=drop, landlock=lock,
                 processes=processes + keepers if ns or drop else 0, path=path,
                 guarded=ns or lock or not (mine or open_))
-
-# %% ../nbs/17_sandbox.ipynb #255afa62
-def _stdlib_path():
-    "The folders of the standard library, without the ones that belong to the caller's project."
-    lib = os.path.dirname(os.path.realpath(os.__file__))
-    return [lib, os.path.join(lib, "lib-dynload")]
-
-_LATE = dict(collections=[""], datetime=["date", "time", "calendar"], _strptime=["strptime"],
-             decimal=["decimal", "statistics"], fractions=["fractions", "statistics"])
-
-def _import_before(job, cfg):
-    "In the judge: fix the path; where the program might write to it, import now and then never."
-    sys.path[:] = cfg["path"]
-    if cfg["guarded"]: return
-    text = job["program"] + job["tests"]
-    late = [m for m, words in _LATE.items() if any(w in text for w in words)]
-    for name in late + job["imports"] + [module for module, _ in job["own"].values()]:
-        try: __import__(name)
-        except Exception: pass                               # the tests will hear of it themselves
-    for word in job["words"]:                                    # one of them may name a codec
-        try: "".encode(word)
-        except Exception: pass
-    sys.path.clear()
-    inside = ("BuiltinImporter", "FrozenImporter")
-    sys.meta_path[:] = [f for f in sys.meta_path if f.__name__ in inside]
-
-# %% ../nbs/17_sandbox.ipynb #0f778eb1
-_START = """
-import sys
-sys.path[:] = [p for p in sys.path if p]
-import os, marshal, types
-m = sys.modules["sandbox"] = types.ModuleType("sandbox")
-n, data = int.from_bytes(os.read(0, 8), "big"), b""
-while len(data) < n and (part := os.read(0, n - len(data))): data += part
-if len(data) < n: sys.exit()                  # the caller has died
-exec(marshal.loads(data), m.__dict__)
-m._keeper(%d)
-"""
-_ENV = dict(PATH="/usr/bin:/bin", LANG="C.UTF-8", PYTHONHASHSEED="0", PYTHONSAFEPATH="1",
-            OMP_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1")
-
-def _own_code():
-    "This module, compiled: the judge need not find, read or compile it."
-    import importlib.util, marshal
-    global _compiled
-    if _compiled is None:
-        name = "transformer2_nbdev.sandbox"
-        _compiled = marshal.dumps(importlib.util.find_spec(name).loader.get_code(name))
-    return _compiled
-
-_compiled = None
 
 # %% ../nbs/17_sandbox.ipynb #32e7c8c6
 def _run(isolation, program, tests, entry_points=(), timeout=5., memory_mb=1024, disk_mb=64,
