@@ -185,7 +185,8 @@ class _Helper:
 
     def start(self):
         if importlib.util.find_spec("math_verify") is None: raise ImportError("comparing MATH answers needs math-verify: pip install math-verify")
-        self.process = subprocess.Popen([sys.executable, "-c", _HELPER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+        self.process = subprocess.Popen([sys.executable, "-c", _HELPER], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                                        stderr=subprocess.DEVNULL, text=True, start_new_session=True)  # Ctrl-C is not for it
         if self.line(60) != "ready": raise RuntimeError("math-verify does not start: try `python -c 'import math_verify'`")
 
     def line(self, seconds):
