@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['GROUP', 'TASKS', 'Verdict', 'Task', 'render', 'spoken', 'answer_region', 'boxes', 'boxed', 'judge_all', 'read_text',
-           'read_rows', 'as_row', 'load_function', 'from_files', 'register', 'task_names', 'get_task']
+           'read_rows', 'as_row', 'check_prompt', 'load_function', 'from_files', 'register', 'task_names', 'get_task']
 
 # %% ../nbs/05_tasks.ipynb #9add32b0
 import importlib.metadata, importlib.util, json, math, os, re
@@ -204,7 +204,14 @@ def as_row(row: "str | dict",   # a line of the file, or an object read from it
         raise ValueError(f"{path}, row {i}: expected an object, got {type(row).__name__}")
     for k in need:
         if k not in row: raise ValueError(f"{path}, row {i}: no field {k!r}; it has {sorted(row)}")
+    if "prompt" in need: check_prompt(row["prompt"], f"{path}, row {i}")
     return row
+
+def check_prompt(prompt, where: str) -> None:
+    "A prompt is text with something in it."
+    if not isinstance(prompt, str):
+        raise ValueError(f"{where}: the prompt must be text, not {type(prompt).__name__}")
+    if not prompt.strip(): raise ValueError(f"{where}: the prompt is empty")
 
 # %% ../nbs/05_tasks.ipynb #34820908
 def load_function(spec: str,  # "path/to/file.py:function"
@@ -217,7 +224,7 @@ def load_function(spec: str,  # "path/to/file.py:function"
     mod_spec = importlib.util.spec_from_file_location(Path(path).stem, path)
     module = importlib.util.module_from_spec(mod_spec)
     try: mod_spec.loader.exec_module(module)
-    except Exception as e:
+    except (Exception, SystemExit) as e:
         raise ValueError(f"reward {spec!r}: {path} fails on import: {_what(e)}") from e
     fn = getattr(module, name, None)
     if not callable(fn): raise ValueError(f"reward {spec!r}: {path} defines no function {name!r}")
