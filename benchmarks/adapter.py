@@ -16,7 +16,9 @@ from torch.nn import functional as F
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaMLP
 
-from transformer2_nbdev.adapter import SvfConfig, fused, mixture, svf_layers
+from transformer2_nbdev.adapter import SvfConfig, svf_layers
+from transformer2_nbdev.fused import fused
+from transformer2_nbdev.mixture import mixture
 
 TARGETS = ["gate_proj", "up_proj", "down_proj"]
 
@@ -72,7 +74,7 @@ def bytes_beside(dtype, m=4096, n=14336) -> float:
     "Bytes the additive form holds beside one frozen m x n weight, as a share of that weight's"
     lin = nn.Module(); lin.l = nn.Linear(n, m, bias=False, dtype=dtype, device="meta")
     layer = next(iter(svf_layers(get_peft_model(lin, SvfConfig(target_modules=["l"]))).values()))
-    held = [layer.svf_Q, layer.svf_S, *layer.svf_z.values()]
+    held = [layer.svf_Q, layer.svf_S, *layer.svf_d.values()]
     return sum(t.numel() * t.element_size() for t in held) / (m * n * lin.l.weight.element_size())
 
 
@@ -85,7 +87,7 @@ def main(a):
     dense = make().requires_grad_(False)
     lora = get_peft_model(make(), LoraConfig(r=16, target_modules=TARGETS))
     svf = get_peft_model(make(), SvfConfig(target_modules=TARGETS))
-    for l in svf_layers(svf).values(): l.svf_z["default"].data.normal_(1, 0.1)
+    for l in svf_layers(svf).values(): l.svf_d["default"].data.normal_(0, 0.1)
     composed = {"composed under autograd": make().requires_grad_(False), "composed, columns scaled": make().requires_grad_(False)}
     for (k, m) in composed.items():
         for n in TARGETS: setattr(m.mlp, n, Composed(getattr(m.mlp, n), k == "composed under autograd"))

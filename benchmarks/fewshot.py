@@ -22,7 +22,9 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from transformer2_nbdev import lab
 from transformer2_nbdev.adapt import load_experts
-from transformer2_nbdev.adapter import SvfConfig, fused, mix_layer, mixture, svf_layers
+from transformer2_nbdev.adapter import SvfConfig, mix_layer, svf_layers
+from transformer2_nbdev.fused import fused
+from transformer2_nbdev.mixture import mixture
 from transformer2_nbdev.fewshot import Shots, draw, draw_shots, mark, mark_rows
 from transformer2_nbdev.rollout import generate
 from transformer2_nbdev.tasks import Task
@@ -45,7 +47,7 @@ def model(hidden: int, layers: int, vocab: int, g: torch.Generator):
     m = get_peft_model(m, SvfConfig(), adapter_name="red")
     for name in ("green", "blue", "spare"): m.add_adapter(name, SvfConfig())
     for l in svf_layers(m).values():
-        for name in EXPERTS: l.svf_z[name].data += .3 * torch.randn(l.svf_z[name].shape, generator=g)
+        for name in EXPERTS: l.svf_d[name].data += .3 * torch.randn(l.svf_d[name].shape, generator=g)
     return m
 
 
@@ -76,7 +78,7 @@ def composed(m, shots, weights):
     m.set_adapter("spare")
     parts = []
     for a in weights:
-        for l in svf_layers(m).values(): l.svf_z["spare"].data = 1 + mix_layer(l, EXPERTS, a, "delta")
+        for l in svf_layers(m).values(): l.svf_d["spare"].data = mix_layer(l, EXPERTS, a, "delta")
         with fused(m): parts.append(mark_rows(shots, list(range(len(shots)))))
     m.set_adapter("red")
     return together(parts)

@@ -23,7 +23,8 @@ from peft import get_peft_model
 
 from transformer2_nbdev import lab
 from transformer2_nbdev.adapt import fixed, load_experts
-from transformer2_nbdev.adapter import SvfConfig, export_official, load_official, svf_layers
+from transformer2_nbdev.adapter import SvfConfig, svf_layers
+from transformer2_nbdev.paper import export_official, load_official
 from transformer2_nbdev.classifier import Classifier
 from transformer2_nbdev.evaluate import evaluate, mcnemar, write_atomic
 from transformer2_nbdev.prompt import Dispatch
@@ -94,7 +95,7 @@ def raw_mixer(model, alphas: dict):
     "The lab's base with the weights that the official mixer composes: sum a p in the place of sigmoid(p), then the nuclear norm restored"
     bare = lab.load("A")[0]
     for name, layer in svf_layers(model).items():
-        raw = sum(a * layer.svf_z[e].detach() for e, a in alphas.items())
+        raw = sum(a * layer.svf_d[e].detach() for e, a in alphas.items())
         weight, S = bare.get_submodule(name).weight, layer.svf_S
         weight.data = compose(weight.data, raw * S.sum() / (S * raw).sum(), layer.svf_Q)
     return bare
@@ -113,7 +114,7 @@ def mixer(done, seed) -> dict:
             ours, theirs = score(model, TASKS[t], fixed(alphas, form="sum")), score(bare, TASKS[t])
             out[f"{weights[0]:g} math + {weights[1]:g} code, {t}"] = dict(ours=against(base_of(done, t), ours), theirs=against(ours, theirs))
     if seed == 0: # enough to mix them again
-        out["experts"] = {e: {n: [float(f"{x:.4g}") for x in l.svf_z[e].tolist()] for n, l in svf_layers(model).items()} for e in ("math", "code")}
+        out["experts"] = {e: {n: [float(f"{x:.4g}") for x in l.svf_d[e].tolist()] for n, l in svf_layers(model).items()} for e in ("math", "code")}
     return out
 
 
@@ -121,9 +122,9 @@ def mixer(done, seed) -> dict:
 def dose(done, seed) -> dict:
     "The math expert at a share c of what it has learned, alone in each mixer"
     model, out = load_official(WORK / f"math-{seed}", lab.load("A")[0], "math").eval(), {}
-    learned = {n: l.svf_z["math"] - 0.1 for n, l in svf_layers(model).items()}
+    learned = {n: l.svf_d["math"] - 0.1 for n, l in svf_layers(model).items()}
     for c in (.05, .1, .2, .5):
-        for n, l in svf_layers(model).items(): l.svf_z["math"].copy_(0.1 + c * learned[n])
+        for n, l in svf_layers(model).items(): l.svf_d["math"].copy_(0.1 + c * learned[n])
         ours, theirs = score(model, TASKS["math"]), score(raw_mixer(model, dict(math=1.)), TASKS["math"])
         out[f"{c:g}"] = dict(ours=against(base_of(done, "math"), ours), theirs=against(ours, theirs))
     return out | dict(rms=round(torch.cat(list(learned.values())).square().mean().sqrt().item(), 4))
@@ -182,7 +183,7 @@ def bf16(done) -> dict:
         exact = score(expert, TASKS["math"])
         for name, layer in svf_layers(expert).items():
             m = bare.get_submodule(name)
-            m.weight.data = half_factors(m.weight, layer.svf_z["default"].sigmoid())
+            m.weight.data = half_factors(m.weight, layer.svf_d["default"].sigmoid())
         out["expert"][folder.name.split("-")[1]] = against(exact, score(bare, TASKS["math"]))
     return out
 

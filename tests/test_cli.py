@@ -1,13 +1,16 @@
 """The `transformer2` command: it answers at once, works, and says in one line what is wrong."""
-import json, os, subprocess, sys
+import ast, json, os, re, shutil, subprocess, sys
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 import reinforce_toy as toy
 from transformer2_nbdev.cli import app
+
+ROOT = Path(__file__).resolve().parent.parent
 
 REWARDS = '''
 import math
@@ -45,8 +48,7 @@ def call(args, **kw): return CliRunner().invoke(app, [str(a) for a in args], **k
 
 
 def shell(args, **kw):
-    root = Path(__file__).resolve().parent.parent
-    env = os.environ | dict(PYTHONPATH=str(root), OMP_NUM_THREADS="1")
+    env = os.environ | dict(PYTHONPATH=str(ROOT), OMP_NUM_THREADS="1")
     return subprocess.run([sys.executable, "-c", "from transformer2_nbdev.cli import main; main()", *map(str, args)], capture_output=True, text=True, env=env, timeout=300, **kw)
 
 
@@ -81,6 +83,86 @@ def test_resume(world, tmp_path):
     assert r.exit_code == 0 and "all steps done" in r.stdout
     r = call(options(world, tmp_path / "x", steps=3, resume=True))
     assert r.exit_code == 2 and "steps=3: it was started with 2" in r.stderr
+
+
+def code_of(card: str) -> str: return re.search("```python\\n(.*?)```", card, re.S)[1]
+
+
+def run_card(folder: Path) -> list:
+    "Paste the card's code into a fresh Python in the folder; what it loaded is printed by a last line of ours"
+    seen = "print([(n, p.sum().item()) for n, p in model.named_parameters() if 'default' in n])"
+    env = os.environ | dict(PYTHONPATH=str(ROOT), OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1")
+    code = f"{code_of((folder / 'README.md').read_text())}\n{seen}\nassert tokenizer('the')"
+    r = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env,
+                       cwd=folder, timeout=300)
+    assert r.returncode == 0, r.stderr
+    return [x for _, x in ast.literal_eval(r.stdout.strip().splitlines()[-1])]
+
+
+@pytest.mark.parametrize("base, method", [("toy", "svf"), ("toy", "lora"), ("lab", "svf")])
+def test_the_card_of_an_expert_is_true_and_its_code_runs(world, tmp_path, monkeypatch, base, method):
+    monkeypatch.chdir(world)
+    (world / "model" / "README.md").write_text("---\nlicense: mit\n---\n# Toy\n")
+    kw = dict(lab=dict(model="lab:A", prompts=None, reward=None, task="lab:math"),
+              toy=dict(model="./model"))[base]
+    r = call(options(world, tmp_path / "x", method=method, **kw))
+    assert r.exit_code == 0, r.stderr
+    card = (tmp_path / "x" / "README.md").read_text()
+    result = json.loads((tmp_path / "x" / "result.json").read_text())
+    trained = load_file(tmp_path / "x" / "adapter_model.safetensors")
+    sums = sorted(t.sum().item() for t in trained.values())
+    assert sorted(run_card(tmp_path / "x")) == pytest.approx(sums)
+    n, before = result["n"], result["training"]["before"]["val_accuracy"]
+    cells = [[c.strip() for c in l.split("|")] for l in card.splitlines()]
+    rows = {c[1]: c[2:5] for c in cells if len(c) == 6}
+    low, high = (f"{100 * x:.1f}%" for x in result["interval"])
+    assert rows["the base, before training"][:2] == [f"{100 * before:.1f}%", str(round(before * n))]
+    mine = next(v for k, v in rows.items() if k.startswith("this expert"))
+    assert mine == [f"{100 * result['acc']:.1f}%", str(result["correct"]), f"{low} to {high}"]
+    assert f"of {n} |" in card and "seed: 0" in card
+    assert f"licence of the base: {dict(lab='apache-2.0', toy='mit')[base]}" in card
+    assert result["run"]["command"] in card and f"torch {torch.__version__}" in card
+    assert len(code_of(card).strip().splitlines()) <= 5
+    assert not (tmp_path / "x" / "last" / "README.md").exists(), "PEFT's blank card is nowhere"
+
+
+BOM = "\ufeff"
+TEXTS = {
+    "txt":          ("p.txt", f"{BOM}the cat\na bird\n".encode()),
+    "txt crlf":     ("p.txt", f"{BOM}the cat\r\na bird\r\n".encode()),
+    "joined files": ("p.txt", f"{BOM}the cat\n{BOM}a bird".encode()),
+    "no mark":      ("p.txt", b"the cat\na bird"),
+    "jsonl":        ("p.jsonl", f'{BOM}{{"prompt": "the cat"}}\n{{"prompt": "a bird"}}\n'.encode()),
+    "json":         ("p.json", f'{BOM}[{{"prompt": "the cat"}}, {{"prompt": "a bird"}}]'.encode()),
+}
+
+
+@pytest.mark.parametrize("name", TEXTS)
+def test_a_byte_order_mark_is_no_part_of_a_prompt(tmp_path, name):
+    from transformer2_nbdev.tasks import read_rows
+    file, data = TEXTS[name]
+    (tmp_path / file).write_bytes(data)
+    assert [r["prompt"] for r in read_rows(tmp_path / file)] == ["the cat", "a bird"]
+
+
+NOT_TEXT = {"utf-16": "the cat".encode("utf-16"), "latin-1": "caf\xe9\n".encode("latin-1"),
+            "binary": bytes(range(128, 200))}
+
+
+@pytest.mark.parametrize("data", NOT_TEXT.values(), ids=list(NOT_TEXT))
+def test_what_is_not_utf8_is_named(world, tmp_path, data):
+    (tmp_path / "p.txt").write_bytes(data)
+    r = call(options(world, tmp_path / "x", prompts=tmp_path / "p.txt"))
+    assert r.exit_code == 2 and len(r.stderr.splitlines()) == 1
+    assert f"{tmp_path / 'p.txt'} is not UTF-8 text: save it as UTF-8" in r.stderr
+
+
+def test_marks_in_a_recipe_and_in_typed_prompts(world, experts, tmp_path):
+    from transformer2_nbdev import paper
+    (tmp_path / "r.json").write_bytes(f'{BOM}{{"name": "r", "reinforce": {{"steps": 3}}}}'.encode())
+    assert paper.recipe(tmp_path / "r.json")["reinforce"] == dict(steps=3)
+    r = call(fewshot(world, experts, experts / "cats"), input=f"{BOM}the cat\n")
+    assert r.exit_code == 0 and "> the cat\n" in r.stdout, r.stderr
 
 
 BAD = {
@@ -161,11 +243,17 @@ def experts(world, tmp_path_factory) -> Path:
     d = tmp_path_factory.mktemp("experts")
     for seed, name in ((0, "cats"), (0, "dogs"), (1, "strangers"), (0, "broken")):
         m = get_peft_model(toy.base(seed), SvfConfig(target_modules="all-linear", init_weights=False))
-        if name == "broken": next(iter(svf_layers(m).values())).svf_z["default"].data[0] = float("nan")
+        if name == "broken": next(iter(svf_layers(m).values())).svf_d["default"].data[0] = float("nan")
         m.save_pretrained(d / name)
     (d / "ask.txt").write_text("the cat\na bird\n"); (d / "shots.jsonl").write_text('{"prompt": "the cat", "answer": "sees"}\n{"prompt": "a bird", "answer": "hears"}\n')
     (d / "unsolved.jsonl").write_text('{"prompt": "the cat"}\n'); (d / "empty.jsonl").write_text('{"prompt": "the cat", "answer": ""}\n')
     return d
+
+
+def fewshot(world, experts, expert, *more):
+    "`adapt` with one expert, its mixture found on two shots"
+    return ["adapt", "--model", world / "model", "--experts", expert, "--strategy", "fewshot",
+            "--shots", experts / "shots.jsonl", "--generations", 1, "--max-new-tokens", 4, *more]
 
 
 @pytest.mark.parametrize("strategy", ["prompt", "classifier", "fewshot"])
@@ -197,6 +285,22 @@ def test_adapt_on_a_model_with_own_experts_shots_and_typed_prompts(world, expert
     assert r.exit_code == 0 and "error: " in r.stderr, "a prompt that does not fit is named, and the conversation goes on"
 
 
+FOLDERS = [("math-v1.2", "math-v1_2"), ("lr=0.01", "lr_0_01"), ("copy", "copy_adapter"),
+           ("two words", "two words")]
+
+
+@pytest.mark.parametrize("folder, name", FOLDERS)
+def test_a_folder_may_be_called_what_an_adapter_may_not(world, experts, tmp_path, folder, name):
+    shutil.copytree(experts / "cats", tmp_path / folder)
+    for text in (tmp_path / folder, f"{tmp_path / folder}/"):
+        r = call(fewshot(world, experts, text, "--prompts", experts / "ask.txt"))
+        assert r.exit_code == 0 and f"\n{name} " in r.stdout, r.stderr
+        assert (f"is loaded as {name!r}" in r.stderr) == (folder != name)
+    mine = f"mine={tmp_path / folder}"
+    r = call(fewshot(world, experts, mine, "--prompts", experts / "ask.txt"))
+    assert r.exit_code == 0 and "\nmine " in r.stdout and "is loaded as" not in r.stderr
+
+
 def test_adapt_warns_of_experts_of_another_base(world, experts):
     r = shell(["adapt", "--model", world / "model", "--experts", experts / "strangers", "--prompts", experts / "shots.jsonl", "--strategy", "fewshot", "--shots", experts / "shots.jsonl",
                "--generations", 1, "--max-new-tokens", 4])
@@ -218,6 +322,11 @@ ADAPT = {
     "no prompts":        (["{e}/cats", "--prompts", "{e}/none.txt"], ["no file"]),
     "out, no prompts":   (["{e}/cats", "--prompts", "", "--out", "{e}/x.jsonl"], ["give --prompts as well"]),
     "no lab expert":     (["lab:math"], ["ships with no experts"]),
+    "dot in a name":     (["v1.2={e}/cats"], ["cannot be named 'v1.2': it holds '.'; call it 'v1_2'"]),
+    "torch's word":      (["copy={e}/cats"], ["cannot be named 'copy'"]),
+    "slash in a name":   (["a/b={e}/cats"], ["cannot be named 'a/b'"]),
+    "no name":           (["={e}/cats"], ["cannot be named ''"]),
+    "folder named base": (["{e}/base"], ["cannot be named 'base'"]),
 }
 
 

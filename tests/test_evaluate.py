@@ -161,7 +161,7 @@ def test_a_strategy_gives_every_question_its_model():
     model.add_adapter("b", SvfConfig(target_modules="all-linear"))
     with torch.no_grad():
         for n, p in model.named_parameters():
-            if "svf_z" in n: p.normal_(1, .4)
+            if "svf_d" in n: p.normal_(0, .4)
     def by_length(prompts): return [[float(len(p) > 9), float(len(p) <= 9)] for p in prompts]
     by_length.experts = ["b", "a"]
     r = evaluate(model, words(), make(), by_length, batch_size=5, progress=False)
@@ -179,7 +179,7 @@ def test_fingerprint_sees_weights_adapters_and_types():
     model = get_peft_model(llama(), SvfConfig(target_modules="mlp"))
     seen.add(fingerprint(model))
     with model.disable_adapter(): seen.add(fingerprint(model))
-    with torch.no_grad(): next(p for n, p in model.named_parameters() if "svf_z" in n)[0] += 1e-6
+    with torch.no_grad(): next(p for n, p in model.named_parameters() if "svf_d" in n)[0] += 1e-6
     seen.add(fingerprint(model))
     assert len(seen) == 5
 

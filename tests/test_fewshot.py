@@ -6,7 +6,8 @@ from peft import get_peft_model
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from transformer2_nbdev.adapter import SvfConfig, mixture, svf_layers
+from transformer2_nbdev.adapter import SvfConfig, svf_layers
+from transformer2_nbdev.mixture import mixture
 from transformer2_nbdev.fewshot import (FewShot, Marks, Shots, Strength, alphas, best_first, cem, corners, curve, draw_shots, few_shot_scores, folds,
                                         mark, n_blocks, select, variants)
 from transformer2_nbdev.rollout import generate, token_logprobs
@@ -33,7 +34,7 @@ def model():
     m.add_adapter("green", SvfConfig())
     g = torch.Generator().manual_seed(0)
     for l in svf_layers(m).values():
-        for n in EXPERTS: l.svf_z[n].data += .4 * torch.randn(l.svf_z[n].shape, generator=g)
+        for n in EXPERTS: l.svf_d[n].data += .4 * torch.randn(l.svf_d[n].shape, generator=g)
     return m
 
 

@@ -6,7 +6,8 @@ from peft import PeftModel, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from transformer2_nbdev import paper
-from transformer2_nbdev.adapter import SvfConfig, export_official, load_official, svf_layers, zs
+from transformer2_nbdev.adapter import SvfConfig, svf_layers, zs
+from transformer2_nbdev.paper import export_official, load_official
 
 FAMILIES = ("llama", "mistral", "qwen2")
 

@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 import reinforce_toy as toy
 from transformer2_nbdev import evaluate, reinforce
 from transformer2_nbdev.reinforce import Diverged, ReinforceConfig, Run, advantages, policy_step, sft, train_expert
+from transformer2_nbdev.rollout import Rollouts
 from transformer2_nbdev.tasks import Task
 
 fork = multiprocessing.get_context("fork")
@@ -92,7 +93,8 @@ def test_two_processes_find_the_same_z_as_one(tmp_path, fused):
     ps = [launch(tmp_path / "two", env=env | dict(RANK=str(r), LOCAL_RANK=str(r)), **kw) for r in range(2)]
     for p in ps: p.join(300)
     assert [p.exitcode for p in ps] == [0, 0], Path(f"{tmp_path / 'two'}.error").read_text()
-    same(adapter(tmp_path / "two" / "last"), adapter(tmp_path / "one" / "last"), rtol=1e-5, atol=1e-6)
+    one, two = ({k: 1 + d for k, d in adapter(tmp_path / n / "last").items()} for n in ("one", "two"))     # z, of which d is stored
+    same(two, one, rtol=1e-5, atol=1e-6)
     one, two = metrics(tmp_path / "one"), metrics(tmp_path / "two")
     assert [m["reward"] for m in one[1:]] == [m["reward"] for m in two[1:]]
     assert json.loads((tmp_path / "two" / "result.json").read_text())["run"]["processes"] == 2
@@ -108,11 +110,12 @@ def gradient(**kw):
     run = reinforce.begin(model := toy.policy(), toy.tokenizer(), toy.DOG, config(**kw), None)
     with torch.no_grad():
         for p in run.params.values(): p.add_(torch.linspace(-.2, .2, len(p)))
+    run.ahead = torch.linspace(.5, 0, run.tokens)
     m = policy_step(run)
     return {n: p.grad.clone() for n, p in run.params.items()}, m
 
 
-@pytest.mark.parametrize("kw", [dict(), dict(kl_of="base", reduction="token"), dict(samples=4, advantage="group"), dict(kl=0.)], ids=str)
+@pytest.mark.parametrize("kw", [dict(), dict(kl_of="base", reduction="token"), dict(samples=4, advantage="group"), dict(kl=0.), dict(kl_path=False)], ids=str)
 def test_fused_and_additive_and_any_micro_batch_give_the_same_gradient(kw):
     (a, m), (b, _), (c, _) = gradient(fused=True, **kw), gradient(fused=False, **kw), gradient(fused=False, **kw | dict(micro_batch=1))
     scale = max(g.abs().max() for g in b.values())
@@ -206,7 +209,101 @@ def test_a_folder_is_never_taken_over(tmp_path):
     with pytest.raises(ValueError, match="is not a state that this package wrote"): train(tmp_path / "x", True, steps=1)
 
 
-@pytest.mark.parametrize("kw", [dict(advantage="best"), dict(lr=0), dict(lr=math.nan), dict(steps=0), dict(batch_size=30, samples=4), dict(advantage="group"), dict(top_p=1.5),
+@pytest.mark.parametrize("kw", [dict(advantage="best"), dict(lr=0), dict(lr=math.nan), dict(lr="fast"), dict(step_kl=0), dict(steps=0), dict(batch_size=30, samples=4), dict(advantage="group"), dict(top_p=1.5),
                                 dict(val_samples=2, temperature=0), dict(val_temperature=-1), dict(patience=0), dict(kl=-1)], ids=str)
 def test_a_config_that_means_nothing_is_refused(kw):
     with pytest.raises(ValueError, match=next(iter(kw))): ReinforceConfig(**kw)
+
+
+def everything(temperature=1.):
+    "A tiny random policy off its base, all 13 answers of at most two words out of four, and who they are."
+    torch.manual_seed(3)
+    model = toy.LlamaForCausalLM(toy.LlamaConfig(vocab_size=4, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, initializer_range=.5)).double().eval()
+    model = toy.get_peft_model(model, toy.SvfConfig(target_modules="all-linear"))
+    z = [p for p in model.parameters() if p.requires_grad]
+    with torch.no_grad(): [p.add_(.3 * torch.randn_like(p)) for p in z]
+    answers = [[2]] + [[a, b] for a in (0, 1, 3) for b in range(4)]
+    kept = torch.tensor([[1] * len(a) + [0] * (2 - len(a)) for a in answers])
+    ids = torch.tensor([[1, 3] + a + [0] * (2 - len(a)) for a in answers])
+    mask = torch.cat([torch.ones(13, 2).long(), kept], 1)
+    return model, z, Rollouts([""] * 13, [""] * 13, ids, mask, kept, torch.zeros(13, 2), 2, torch.ones(13), temperature)
+
+
+def per_answer(losses, z): return torch.stack([torch.cat([g.flatten() for g in torch.autograd.grad(l, z, retain_graph=True)]) for l in losses])
+
+
+@pytest.mark.parametrize("temperature", [1., .6])
+def test_over_all_pairs_of_answers_leave_one_out_is_exact_and_group_points_the_same_way(temperature):
+    model, z, every = everything(temperature)
+    logp = reinforce.vocab_logprobs(model, every.ids, every.mask, 2, temperature)
+    pi = (logp.gather(-1, every.ids[:, 2:, None])[..., 0] * every.completion_mask).sum(1).exp()
+    assert abs(pi.sum().item() - 1) < 1e-12
+    reward = torch.tensor([1., -1., -1., 1., -1.] * 2 + [-1., 1., -1.])
+    exact = per_answer([(pi * reward).sum()], z)[0]
+    loglik = per_answer([l for l in -reinforce.policy_loss(model, every, torch.ones(13), lam=0.)[0]], z)   # grad log pi of each answer
+    p, expected = pi.detach(), {}
+    for how in ("leave-one-out", "group"):
+        A = torch.tensor([[advantages(reward[[i, j]], how, samples=2).tolist() for j in range(13)] for i in range(13)])
+        expected[how] = torch.einsum("i,j,ij,ip->p", p, p, A[..., 0].double(), loglik.to(p)) / 2 + torch.einsum("i,j,ij,jp->p", p, p, A[..., 1].double(), loglik.to(p)) / 2
+    assert (expected["leave-one-out"] - exact).norm() < 1e-6 * exact.norm()
+    assert torch.cosine_similarity(expected["group"], exact, 0) > 1 - 1e-6
+
+
+@pytest.mark.parametrize("of", ["policy", "base"])
+def test_a_baseline_known_beforehand_leaves_the_gradient_of_the_kl_exact(of):
+    model, z, every = everything(.8)
+    logp = reinforce.vocab_logprobs(model, every.ids, every.mask, 2, .8)
+    with reinforce.reference(model): ref = reinforce.vocab_logprobs(model, every.ids, every.mask, 2, .8)
+    pi = (logp.gather(-1, every.ids[:, 2:, None])[..., 0] * every.completion_mask).sum(1).exp()
+    exact = per_answer([(pi * (reinforce.kl_per_token(logp, ref, of) * every.completion_mask).sum(1)).sum()], z)[0]
+    def ours(**kw): return per_answer([(pi.detach() * reinforce.policy_loss(model, every, torch.zeros(13), 1., of, **kw)[0]).sum()], z)[0]
+    for ahead in (None, torch.tensor([.4, -2., 9.])):
+        assert (ours(ahead=ahead) - exact).norm() < 1e-6 * exact.norm()
+    assert (ours(path=False) - exact).norm() > .02 * exact.norm()
+    same_value = [reinforce.policy_loss(model, every, torch.ones(13), 1., of, path)[0] for path in (True, False)]
+    torch.testing.assert_close(*same_value)
+
+
+def first_step(run, guess):
+    policy_step(run)
+    run.good = reinforce.snapshot(run)
+    return reinforce.trusted(run, guess)
+
+
+@pytest.mark.parametrize("method", ["svf", "lora"])
+@pytest.mark.parametrize("guess", [1e-6, 1e-3, 1e-1, 30.])
+def test_the_rate_that_is_found_does_not_depend_on_the_guess_and_moves_the_policy_as_far_as_asked(method, guess):
+    for step_kl in (1e-3, 1e-2):
+        run = reinforce.begin(toy.policy(method=method), toy.tokenizer(), toy.DOG, config(lr="auto", step_kl=step_kl), None)
+        m = first_step(run, guess)
+        assert step_kl / 2 <= m["step_kl"] <= 1.5 * step_kl and m["lr"] == run.rate
+        assert reinforce.moved(run, run.good) == pytest.approx(m["step_kl"], rel=1e-4), "what was measured is what was left in the model"
+
+
+def test_a_later_step_that_goes_too_far_is_shortened_and_one_that_does_not_is_left_alone():
+    run = reinforce.begin(toy.policy(), toy.tokenizer(), toy.DOG, config(lr="auto"), None)
+    first_step(run, 1e-3)
+    for factor, shorter in ((30., True), (1 / 300, False)):
+        run.step += 1; run.rate *= factor
+        policy_step(run); run.good = reinforce.snapshot(run)
+        m = reinforce.trusted(run)
+        assert (m["lr"] < run.rate) == shorter and m["step_kl"] <= 1.5 * run.config.step_kl
+
+
+def test_a_step_without_a_gradient_leaves_the_rate_open():
+    run = reinforce.begin(toy.policy(), toy.tokenizer(), broken(reward=lambda t, e: 1.), config(lr="auto"), None)
+    before, m = reinforce.snapshot(run), policy_step(run)
+    reinforce.update(run, m)
+    assert m["step_kl"] == m["lr"] == 0 and run.rate is None
+    same(reinforce.snapshot(run), before)
+
+
+def test_auto_resumes_bit_for_bit(tmp_path):
+    kw = dict(lr="auto", steps=4, micro_batch=None)
+    whole = train(tmp_path / "whole", **kw)
+    p = launch(tmp_path / "cut", **kw)
+    wait_for_step(tmp_path / "cut", 2, p); os.kill(p.pid, signal.SIGKILL) if p.is_alive() else None; p.join()
+    train(tmp_path / "cut", resume=True, **kw)
+    assert metrics(tmp_path / "cut") == metrics(tmp_path / "whole")
+    same(adapter(tmp_path / "cut" / "last"), adapter(tmp_path / "whole" / "last"))
+    assert all(m["step_kl"] <= 1.5 * .004 for m in whole.metrics[1:]) and len({m["lr"] for m in whole.metrics[1:]}) < 4

@@ -9,7 +9,9 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import (AutoModelForCausalLM, AutoTokenizer, GenerationConfig, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM,
                           PreTrainedTokenizerFast)
 
-from transformer2_nbdev.adapter import SvfConfig, fused, mixture
+from transformer2_nbdev.adapter import SvfConfig
+from transformer2_nbdev.fused import fused
+from transformer2_nbdev.mixture import mixture
 from transformer2_nbdev.rollout import (Recorder, encode, entropy, eos_ids, generate, inner, pad_id, rollout, sample_batch, sampling_config, token_logprobs,
                                         undisturbed, vocab_logprobs)
 from transformer2_nbdev.tasks import Task, Verdict
@@ -211,7 +213,7 @@ def test_peft_models_base_and_adapter_and_dropout():
     assert torch.equal(base.ids, generate(llama(), tok, PROMPTS, 12, seed=0).ids)          # z = 1 is the base
     with torch.no_grad():
         for n, p in model.named_parameters():
-            if "svf_z" in n: p.normal_(1, .3)
+            if "svf_d" in n: p.normal_(0, .3)
     model.train()
     g = generate(model, tok, PROMPTS, 12, seed=0)
     model.eval()
@@ -229,7 +231,7 @@ def test_a_mixture_for_each_prompt():
     model.add_adapter("b", SvfConfig(target_modules="all-linear"))
     with torch.no_grad():
         for n, p in model.named_parameters():
-            if "svf_z" in n: p.normal_(1, .4)
+            if "svf_d" in n: p.normal_(0, .4)
     rows = [[1., 0.] if i % 2 else [0., 1.] for i in range(len(PROMPTS))]
     with mixture(model, rows, ["a", "b"]):
         g = generate(model, tok, PROMPTS, 10, 0.)

@@ -1,5 +1,5 @@
 "Tasks: prompts for any tokenizer, files of one's own, and names that installed packages declare."
-import importlib, json, subprocess, sys
+import importlib, json, shutil, subprocess, sys
 from pathlib import Path
 import pytest
 from transformer2_nbdev import tasks
@@ -152,7 +152,8 @@ def test_a_copy_that_is_not_installed_says_so(tmp_path):
             "assert 'transformer2_nbdev' not in {d.metadata['Name'] for d in __import__('importlib').metadata.distributions()}\n"
             "register('x', lambda name, data_dir: benchmark('gsm8k', data_dir)); print(get_task('x').name)\n"
             "try: get_task('gsm8k')\nexcept ValueError as e: print(e)")
-    r = subprocess.run([sys.executable, "-I", "-S", "-c", f"import sys; sys.path.append({str(ROOT)!r}); import importlib.metadata; " + code],
+    shutil.copytree(ROOT / "transformer2_nbdev", tmp_path / "src/transformer2_nbdev", ignore=shutil.ignore_patterns("data", "__pycache__"))    # no metadata beside it
+    r = subprocess.run([sys.executable, "-I", "-S", "-c", f"import sys; sys.path.append({str(tmp_path / 'src')!r}); import importlib.metadata; " + code],
                        capture_output=True, text=True, cwd=tmp_path)
     assert r.returncode == 0, r.stderr[-2000:]
     first, second = r.stdout.splitlines()
@@ -179,5 +180,5 @@ def test_a_byte_order_mark_is_not_part_of_the_first_prompt(tmp_path, name, data,
 
 def test_a_file_that_is_not_utf8_is_named(tmp_path):
     (tmp_path / "p.txt").write_bytes("Tell a story.".encode("utf-16"))
-    with pytest.raises(ValueError, match="p.txt: not UTF-8 text") as e: tasks.read_rows(tmp_path / "p.txt")
+    with pytest.raises(ValueError, match="p.txt is not UTF-8 text") as e: tasks.read_rows(tmp_path / "p.txt")
     assert "\n" not in str(e.value)

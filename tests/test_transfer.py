@@ -22,7 +22,7 @@ def llama(seed=0, **kw):
 def expert(seed=0, **kw):
     m, g = get_peft_model(llama(seed), SvfConfig(**kw)), torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for l in svf_layers(m).values(): l.svf_z["default"] += .2 + .3 * torch.randn(l.svf_z["default"].shape, generator=g)
+        for l in svf_layers(m).values(): l.svf_d["default"] += .2 + .3 * torch.randn(l.svf_d["default"].shape, generator=g)
     return m.eval()
 
 
@@ -60,7 +60,7 @@ def test_alike_is_the_cosine_of_the_operators():
     with torch.no_grad():
         for p in kin.parameters(): p.add_(.2 * p.std() * torch.randn(p.shape, generator=torch.Generator().manual_seed(5)))
     t = transfer("default", s, kin)
-    def dense(m, centre): return torch.cat([(l.svf_Q @ torch.diag(l.svf_z["default"] - 1 - centre * (l.svf_z["default"] - 1).mean()) @ l.svf_Q.T).flatten() for l in svf_layers(m).values()])
+    def dense(m, centre): return torch.cat([(l.svf_Q @ torch.diag(l.svf_d["default"] - centre * l.svf_d["default"].mean()) @ l.svf_Q.T).flatten() for l in svf_layers(m).values()])
     with torch.no_grad():
         for centre, got in zip((0, 1), alike(s, t)): assert abs(torch.cosine_similarity(dense(s, centre), dense(t, centre), 0) - got) < 1e-3
     assert .1 < alike(s, t)[1] < .999

@@ -1,1 +1,88 @@
 __version__ = "0.1.0"
+
+# Two things live here because every room may need them and neither brings in torch or PEFT: a progress bar, and SVF's registration
+# with PEFT. (nbdev_export rewrites the version line above and leaves the rest alone.)
+import functools as _functools, importlib as _importlib, io as _io, os as _os, sys as _sys, time as _time
+from importlib.abc import MetaPathFinder as _MetaPathFinder
+
+
+# A progress bar ------------------------------------------------------------------------------------------------------------------
+
+def progress_bar(iterable=None,
+                 *,
+                 total=None,      # how many steps there will be; None: the iterable's length
+                 desc=None,       # what is going on
+                 unit="it",       # what one step is
+                 delay=2,         # seconds before a bar appears, so that quick work shows none
+                 disable=False,
+                 **more):         # of tqdm: initial, leave, ...
+    "A tqdm bar with the time left where people look, one line a minute where no terminal is; $TQDM_DISABLE hides both"
+    from tqdm.auto import tqdm
+    people = getattr(_sys.stderr, "isatty", bool)() or "ipykernel" in _sys.modules
+    make = tqdm if people else _line_a_minute()
+    disable = bool(disable or _os.environ.get("TQDM_DISABLE"))
+    return make(iterable, total=total, desc=desc, unit=unit, delay=delay, disable=disable, **more)
+
+
+@_functools.cache
+def _line_a_minute():
+    "A tqdm that writes whole lines, at most one a minute, for log files"
+    from tqdm.std import tqdm
+
+    class LineAMinute(tqdm):
+        every = 60  # seconds
+
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs, file=_io.StringIO())  # what tqdm itself would draw goes nowhere
+
+        def display(self, msg=None, pos=None):
+            now = _time.time()
+            if msg == "" or now - getattr(self, "_said", getattr(self, "start_t", now)) < self.every: return
+            self._said = now
+            print(self._line(), file=_sys.stderr, flush=True)
+
+        def close(self):
+            if not self.disable and _time.time() - getattr(self, "start_t", _time.time()) >= self.every:
+                self._said = 0.0  # so that there is a last line
+            super().close()
+
+        def _line(self):
+            d = self.format_dict
+            done = f"{(d['prefix'] or 'progress').rstrip(': ')}: {d['n']}" + (f" of {d['total']}" if d["total"] else "") + f" {d['unit']}"
+            gone = self.format_interval(d["elapsed"])
+            if not (d["n"] > d["initial"] and d["total"]): return f"{done}, {gone} gone"
+            left = (d["total"] - d["n"]) * d["elapsed"] / (d["n"] - d["initial"])
+            return f"{done}, {gone} gone, {self.format_interval(left)} left" + (f", {d['postfix']}" if d["postfix"] else "")
+    return LineAMinute
+
+
+# Registration --------------------------------------------------------------------------------------------------------------------
+# Where PEFT is loaded already SVF is registered at once, otherwise as soon as something imports PEFT.
+
+class _WithPeft(_MetaPathFinder):
+    "Finds nothing itself: what the other finders find for `peft` is made to import `adapter` after it has run."
+    def find_spec(self, name, path=None, target=None):
+        if name != "peft": return None
+        found = (f.find_spec(name, path, target) for f in _sys.meta_path if f is not self and hasattr(f, "find_spec"))
+        spec = next((s for s in found if s is not None), None)
+        if spec is not None and spec.loader is not None: _run_after(spec.loader, _register)
+        return spec
+
+
+def _run_after(loader, action):
+    "Have a module's loader call `action` once the module has run."
+    run = loader.exec_module
+
+    def exec_module(module):
+        run(module)
+        action()
+    loader.exec_module = exec_module
+
+
+def _register():
+    "Enter SVF into PEFT's tables (importing `adapter` does that)."
+    _importlib.import_module("transformer2_nbdev.adapter")
+
+
+if "peft" in _sys.modules: _register()
+elif not any(type(f).__name__ == "_WithPeft" for f in _sys.meta_path): _sys.meta_path.insert(0, _WithPeft())

@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['app', 'lab_app', 'DEMO', 'SEARCH', 'HEAD', 'PAGE', 'options', 'fail', 'told', 'quiet', 'device_of', 'load_model',
            'check_names', 'targets_of', 'wrap', 'task_of', 'only_fitting', 'says', 'train', 'run_training',
-           'given_by_hand', 'follow', 'evaluate', 'put_on', 'folders_of', 'wording_of', 'ends_like', 'shots_of',
-           'strategy_of', 'shown_answer', 'converse', 'adapt', 'run_adapt', 'write_answers', 'build', 'train_skills',
-           'ask_all', 'adapt_all', 'rows_of', 'as_text', 'knobs_of', 'draw_rewards', 'draw_bars', 'draw_knobs',
-           'draw_spectra', 'draw_mixtures', 'picture', 'page_of', 'run_demo', 'demo', 'main']
+           'given_by_hand', 'follow', 'evaluate', 'put_on', 'shipped', 'folder_of', 'folders_of', 'wording_of',
+           'ends_like', 'shots_of', 'strategy_of', 'shown_answer', 'converse', 'adapt', 'run_adapt', 'write_answers',
+           'build', 'train_skills', 'ask_all', 'adapt_all', 'rows_of', 'as_text', 'knobs_of', 'draw_rewards',
+           'draw_bars', 'draw_knobs', 'draw_spectra', 'draw_mixtures', 'picture', 'page_of', 'run_demo', 'demo', 'main']
 
 # %% ../nbs/24_cli.ipynb #b8a168d4
 import os, sys
@@ -156,7 +156,7 @@ def train(ctx: typer.Context,
           data_dir: Annotated[str, typer.Option(help="folder with the published data of a task")] = None,
           steps: Annotated[int, typer.Option(help="optimizer steps")] = 50,
           batch_size: Annotated[int, typer.Option(help="rollouts per step")] = 64,
-          lr: Annotated[float, typer.Option(help="learning rate")] = 1e-2,
+          lr: Annotated[str, typer.Option(help='learning rate; "auto" finds one')] = "auto",
           kl: Annotated[float, typer.Option(help="weight of the KL to the base")] = 0.1,
           samples: Annotated[int, typer.Option(help="completions per prompt")] = 1,
           advantage: Annotated[str, typer.Option(help="none, batch, leave-one-out or group")] = "batch",
@@ -239,18 +239,39 @@ def put_on(model, expert: str | None):
     return PeftModel.from_pretrained(model, expert).eval()
 
 # %% ../nbs/24_cli.ipynb #151d836a
+def shipped(model: str, expert: str) -> str:
+    "The folder of an expert that comes with a lab base"
+    from transformer2_nbdev import lab
+    there = lab.experts(model[4:]) if model.startswith("lab:") else {}
+    if expert in there: return there[expert]
+    known = ", ".join(there) or "no experts"
+    raise ValueError(f"--experts lab:{expert}: {model} ships with {known}")
+
+def folder_of(model: str, text: str) -> tuple[str, str]: # (name, folder)
+    "One expert as it stands on the command line: a folder, name=folder, or lab:NAME"
+    from transformer2_nbdev.adapter import name_fault, safe_name
+    name, typed, folder = text.partition("=")
+    if not typed or Path(text).exists(): name, typed, folder = "", "", text
+    if folder.startswith("lab:"):
+        return name if typed else folder[4:], shipped(model, folder[4:])
+    own = Path(folder).resolve().name
+    if not typed and own != (name := safe_name(own)):
+        why = f"an adapter cannot be named {own!r}: {name_fault(own)}"
+        typer.echo(f"{text} is loaded as {name!r}; {why}", err=True)
+    return name, folder
+
 def folders_of(model: str, experts: list[str]) -> dict: # {name: folder}
     "Experts as they stand on the command line"
-    from transformer2_nbdev import lab
-    shipped, found = lab.experts(model[4:]) if model.startswith("lab:") else {}, {}
-    for e in experts:
-        name, folder = e.split("=", 1) if "=" in e else (Path(e).name.removeprefix("lab:"), e)
-        if folder.startswith("lab:"):
-            if folder[4:] not in shipped: raise ValueError(f"--experts {e}: {model} ships with {', '.join(shipped) or 'no experts'}")
-            folder = shipped[folder[4:]]
-        if name in found: raise ValueError(f"--experts: two are named {name!r}; give one of them as another-name={folder}")
+    from transformer2_nbdev.adapt import check_names
+    found = {}
+    for name, folder in (folder_of(model, e) for e in experts):
+        if name in found:
+            raise ValueError(f"--experts: two are named {name!r}; give one of them as "
+                             f"another-name={folder}")
         found[name] = folder
-    if not found: raise ValueError("--experts is missing: give one or more folders that train wrote")
+    if not found:
+        raise ValueError("--experts is missing: give one or more folders that train wrote")
+    check_names(found)
     return found
 
 # %% ../nbs/24_cli.ipynb #064309e0
@@ -307,7 +328,7 @@ def shown_answer(a, with_prompt: bool = True) -> str:
 def converse(answer: Callable) -> None:
     "Ask for prompts until there are no more"
     while True:
-        try: prompt = input("> " if sys.stdin.isatty() else "").strip()
+        try: prompt = input("> " if sys.stdin.isatty() else "").strip("\ufeff \t\r\n")
         except EOFError: return
         if not prompt: continue
         try: typer.echo(shown_answer(answer(prompt), with_prompt=not sys.stdin.isatty()))
@@ -357,8 +378,7 @@ def run_adapt(name, experts, how, batch_size, max_new_tokens, temperature, dtype
     torch.manual_seed(how[-1]["seed"])
     strategy = strategy_of(how[0], model, tokenizer, name, list(folders), *how[1:])
     if how[0] == "fewshot": typer.echo(f"found on {len(strategy.shots)} shots, {100 * strategy.found.score[0]:.0f}% of them right: {getattr(strategy, 'variant', 'delta, per vector')}", err=True)
-    sampling = dict(do_sample=True, temperature=temperature) if temperature else dict(do_sample=False)
-    return TwoPass(model, tokenizer, strategy, batch_size=batch_size), dict(max_new_tokens=max_new_tokens or (16 if name.startswith("lab:") else 256), **sampling)
+    return TwoPass(model, tokenizer, strategy, batch_size=batch_size, max_new_tokens=max_new_tokens), dict(temperature=temperature)
 
 def write_answers(answers, out: str | None) -> None:
     "To the terminal, and to a file if there is one"

@@ -17,9 +17,10 @@ from typing import NamedTuple
 
 import torch
 from torch import nn
-from tqdm.auto import tqdm
+from . import progress_bar
 
-from .adapter import block_index, mixture, svf_layers
+from .adapter import block_index, svf_layers
+from .mixture import mixture
 from .adapt import check_experts
 from .prompt import continuation, pad_right
 from .rollout import completion_logits, encode, eos_ids, generate, inner, pad_id, pad_left, undisturbed
@@ -77,7 +78,7 @@ def cem(objective: Callable,                # (P, dim) -> (P,) or (P, C) scores,
     check_search(dim, population, elite, generations, bounds, smoothing)
     (low, high), rng, history, best, since = bounds, torch.Generator().manual_seed(seed), [], None, 0
     mean, std = torch.full((dim,), (low + high) / 2), torch.full((dim,), (high - low) / 4)
-    for g in (bar := tqdm(range(generations), desc="CEM", disable=not progress, leave=False)):
+    for g in (bar := progress_bar(range(generations), desc="CEM", unit="generation", disable=not progress, leave=False)):
         x = draw(mean, std, population, bounds, rng)
         if g == 0 and start is not None: x = torch.cat([x, torch.as_tensor(start, dtype=x.dtype)])
         order = best_first(scores := score_all(objective, x, g))[:max(2, round(elite * population))]
@@ -301,6 +302,7 @@ class FewShot:
         if take not in ("best", "mean"): raise ValueError(f'take={take!r}: choose "best" or "mean"')
         self.experts, self.form, self.normalise, self.only = check_experts(model, experts), form, normalise, only
         self.shots = shots if isinstance(shots, Shots) else Shots(model, tokenizer, task, shots, tie, max_new_tokens, batch_size)
+        self.answer_tokens = self.shots.max_new_tokens
         self.shape = (n_blocks(model), len(self.experts)) if per_layer else (len(self.experts),)
         self.found = cem(self.objective, math.prod(self.shape), start=corners(self.shape, form) if warm else None, **search)
         self.weights = self.alpha(self.found.best if take == "best" else self.found.mean)
@@ -334,6 +336,7 @@ class Strength:
         self.experts, self.form = check_experts(model, experts), "delta"
         self.shots = shots if isinstance(shots, Shots) else Shots(model, tokenizer, task, shots, tie, max_new_tokens, batch_size)
         s = torch.linspace(0, 2, 21) if scales is None else torch.tensor(scales, dtype=torch.float32)
+        self.answer_tokens = self.shots.max_new_tokens
         self.tried = (torch.eye(len(self.experts))[:, None] * s[:, None]).flatten(0, 1) # (K S, K)
         self.scores = few_shot_scores(mark(self.shots, self.tried, self.experts), self.shots.tie)
         self.weights = self.tried[best_first(self.scores)[0]]

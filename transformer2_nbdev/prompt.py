@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['GUIDES', 'METHODS', 'question', 'box', 'read_label', 'asked', 'by_generating', 'continuation', 'score_batch',
-           'label_scores', 'pad_right', 'Dispatch', 'by_scoring', 'Confusion', 'confusion', 'show_confusion']
+           'label_scores', 'pad_right', 'check_labels', 'Dispatch', 'by_scoring', 'Confusion', 'confusion',
+           'show_confusion']
 
 # %% ../nbs/11_prompt.ipynb #c5ca374b
 import re
@@ -14,7 +15,7 @@ from typing import Callable, NamedTuple
 import torch
 from torch import nn
 
-from .adapter import mixture
+from .mixture import mixture
 from .adapt import check_experts, one_hot
 from .rollout import encode, eos_ids, generate, inner, pad_id, pad_left, positions
 from .tasks import answer_region, boxed, render
@@ -104,32 +105,44 @@ def pad_right(rows: list[list[int]], fill: int, device=None) -> tuple[torch.Tens
     ids, mask = pad_left([r[::-1] for r in rows], fill, device)
     return ids.flip(1), mask.flip(1)
 
+# %% ../nbs/11_prompt.ipynb #fc7f691b
+def check_labels(labels: dict) -> None: # raises ValueError
+    "Every label can be read back from its box"
+    for l in labels:
+        if not l or not isinstance(l, str) or read_label(box(l), list(labels)) != l:
+            raise ValueError(f"label {l!r} cannot be read back from a box: labels are plain words, "
+                             "no two of them alike but for capitals")
+
 # %% ../nbs/11_prompt.ipynb #c11374ba
 class Dispatch:
     "The strategy that asks the model itself which expert a prompt needs (paper §3.2, A)"
     def __init__(self, model: nn.Module, tokenizer,
                  labels: dict,                 # {label: expert}; None as the expert means the base
-                 method: str = "generate",     # "generate": read a free answer; "score": compare the labels' likelihoods
+                 method: str = "generate",     # "generate": a free answer; "score": likelihoods
                  ask: Callable = question,     # prompt -> the dispatch question
                  read: Callable = read_label,  # (completion, labels) -> label or None
                  say: Callable = box,          # label -> the answer whose likelihood is compared
-                 other: str | None = "others", # the label that means the base; None: there is no such label
+                 other: str | None = "others", # the label that means the base; None: no such label
                  active: str | None = None,    # expert that answers the question; None: the base
                  max_new_tokens: int = 64, batch_size: int = 64, system: str = ""):
-        if method not in ("generate", "score"): raise ValueError(f'method={method!r}: choose "generate" or "score"')
-        self.model, self.tokenizer, self.method, self.ask, self.read, self.say = model, tokenizer, method, ask, read, say
+        if method not in METHODS: raise ValueError(f'method={method!r}: choose "generate" or "score"')
+        self.model, self.tokenizer, self.method = model, tokenizer, method
+        self.ask, self.read, self.say, self.active = ask, read, say, active
         self.labels = labels | ({} if other is None or other in labels else {other: None})
-        self.max_new_tokens, self.batch_size, self.system, self.active = max_new_tokens, batch_size, system, active
-        self.experts = check_experts(model, list(dict.fromkeys(e for e in labels.values() if e is not None)))
-        self.said, self.last, self.scores = [], [], None # labels, texts and scores of the latest call
+        if read is read_label: check_labels(self.labels)
+        self.max_new_tokens, self.batch_size, self.system = max_new_tokens, batch_size, system
+        experts = [e for e in labels.values() if e is not None]
+        self.experts = check_experts(model, list(dict.fromkeys(experts)))
+        self.said, self.last, self.scores = [], [], None # of the latest call
 
-    def classify(self, prompts: list[str]) -> list[str | None]: # a label for each prompt; None: nothing readable
+    def classify(self, prompts: list[str]) -> list[str | None]: # labels; None: nothing readable
         "The first pass"
         texts = [render(self.ask(p), None, self.tokenizer, self.system) for p in prompts]
-        with asked(self.model, self.active): self.said, self.last, self.scores = METHODS[self.method](self, texts)
+        with asked(self.model, self.active):
+            self.said, self.last, self.scores = METHODS[self.method](self, texts)
         return self.said
 
-    def __call__(self, prompts: list[str]) -> torch.Tensor: # (B, K) one-hot rows; zeros where the base answers
+    def __call__(self, prompts: list[str]) -> torch.Tensor: # (B, K) one-hot; zeros: the base
         return one_hot([self.labels.get(l) for l in self.classify(list(prompts))], self.experts)
 
 # %% ../nbs/11_prompt.ipynb #c7352c98

@@ -19,7 +19,7 @@ from typing import Iterator
 import torch
 from torch import nn
 from torch.nn.functional import pad
-from tqdm.auto import tqdm
+from . import progress_bar
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from .tasks import Task, judge_all, render
@@ -249,7 +249,7 @@ def generate(model: nn.Module,          # any causal LM of transformers, plain o
 def _batches(model, rows, order, batch_size, config, progress):
     "Sample batch after batch, under a bar that counts prompts and tokens."
     tokens = 0
-    with tqdm(total=len(rows), unit="prompt", desc="rollout", disable=not progress) as bar:
+    with progress_bar(total=len(rows), unit="prompt", desc="rollout", disable=not progress) as bar:
         for i in range(0, len(rows), batch_size):
             part = sample_batch(model, [rows[j] for j in order[i:i + batch_size]], config)
             tokens += int(part["kept"].sum())
@@ -262,13 +262,14 @@ def completion_logits(model: nn.Module,
                       mask: torch.Tensor,        # (N, P+T)
                       prompt_len: int,           # P
                       temperature: float = 1.,   # 0 counts as 1, as in `generate`
-                     ) -> torch.Tensor:          # (N, T, V) float32; [:, t] is the distribution that token t was drawn from
+                     ) -> torch.Tensor:          # (N, T, V) in float32 at least; [:, t] is what token t was drawn from
     "Logits at the completion's places only, divided by the temperature."
     T, accepted = ids.shape[1] - prompt_len, signature(inner(model).forward).parameters
     extra = dict(position_ids=positions(mask)) if "position_ids" in accepted else {}
     if "logits_to_keep" in accepted: extra["logits_to_keep"] = T + 1
     logits = model(input_ids=ids, attention_mask=mask, use_cache=False, **extra).logits
-    return logits[:, -(T + 1):-1].float() / (temperature or 1.)
+    logits = logits[:, -(T + 1):-1]
+    return logits.to(torch.promote_types(logits.dtype, torch.float32)) / (temperature or 1.)
 
 # %% ../nbs/07_rollout.ipynb #96912b33
 def token_logprobs(model: nn.Module,

@@ -79,9 +79,9 @@ def transfer(expert: str,            # adapter name on `source`
     generator, theirs, ours = torch.Generator().manual_seed(seed), svf_layers(source), svf_layers(target)
     with torch.no_grad():
         for n, v in z.items():
-            p = ours[where[n]].svf_z[adapter_name]
+            p = ours[where[n]].svf_d[adapter_name]
             O2 = overlap(theirs[n].svf_Q[:, : len(v)], ours[where[n]].svf_Q) if how == "matched" else None
-            p.copy_(1 + carry(v - 1, len(p), how, generator, O2.cpu() if O2 is not None else None))
+            p.copy_(carry(v - 1, len(p), how, generator, O2.cpu() if O2 is not None else None))
     return target
 
 # %% ../nbs/14_transfer.ipynb #304b9683

@@ -1,0 +1,320 @@
+"""Experts that leave the house: as a LoRA, exact where it can be, and as one ordinary model folder, whole or not at all."""
+import json, os, re
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora.conversion import convert_to_lora
+from safetensors.torch import load_file
+from torch import nn
+from transformers import (AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, Qwen2Config,
+                          Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM)
+
+from transformer2_nbdev.adapter import SvfConfig, knobs, svf_layers
+from transformer2_nbdev.scale import at_rank, base_tensors, change_of, kl_at, left_out, save_merged, to_lora
+
+SMALL = dict(vocab_size=40, hidden_size=24, intermediate_size=36, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+             initializer_range=.3, max_position_embeddings=64)
+
+
+def llama(**kw): return LlamaForCausalLM(LlamaConfig(**SMALL | kw))
+def qwen2(**kw): return Qwen2ForCausalLM(Qwen2Config(**SMALL | kw))                     # biases on q, k and v
+def qwen3(**kw): return Qwen3ForCausalLM(Qwen3Config(**SMALL | dict(head_dim=6) | kw))   # norms inside the attention
+def gpt2(**kw): return GPT2LMHeadModel(GPT2Config(vocab_size=40, n_embd=24, n_layer=2, n_head=4, n_positions=64, initializer_range=.3, **kw))
+
+
+MAKERS = dict(llama=llama, tied=lambda: llama(tie_word_embeddings=True), biased=lambda: llama(attention_bias=True, mlp_bias=True),
+              qwen2=qwen2, qwen3=qwen3, gpt2=gpt2)
+IDS = torch.arange(1, 25).view(2, 12)
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    before = torch.get_num_threads(); torch.set_num_threads(1); torch.manual_seed(0); yield; torch.set_num_threads(before)
+
+
+def base_of(kind, folder=None, dtype=torch.float32):
+    "The same base every time, from a seed; saved where a folder is given"
+    torch.manual_seed(1)
+    model = MAKERS[kind]().to(dtype).eval()
+    for n, p in model.named_parameters():
+        if n.endswith("bias"): nn.init.normal_(p, std=.2)
+    if folder: model.save_pretrained(folder)
+    return model
+
+
+def expert_of(base, **kw):
+    torch.manual_seed(2)
+    return get_peft_model(base, SvfConfig(**dict(target_modules="all-linear", init_weights=False, task_type="CAUSAL_LM") | kw)).eval()
+
+
+@torch.no_grad()
+def logits(model): return model(IDS).logits.double()
+
+
+def off(a, b): return float((a - b).abs().max() / b.abs().max())
+
+
+# --- as a LoRA
+
+@pytest.mark.parametrize("kind", MAKERS)
+@pytest.mark.parametrize("rank", [3, None])
+def test_a_lora_folder_gives_the_same_logits(kind, rank, tmp_path):
+    expert = expert_of(base_of(kind), rank=rank)
+    lora = to_lora(expert)
+    lora.save(tmp_path / "x")
+    served = PeftModel.from_pretrained(base_of(kind), tmp_path / "x").eval()
+    assert off(logits(served), logits(expert)) < 1e-5 < off(logits(base_of(kind)), logits(expert))
+    assert lora.relative == 0 and lora.config.r == (rank or max(l.svf_Q.shape[0] for l in svf_layers(expert).values()))
+    assert {p.name for p in (tmp_path / "x").iterdir()} == {"adapter_config.json", "adapter_model.safetensors"}
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_the_product_is_the_change_to_1e_5_on_both_sides(kind):
+    expert = expert_of(base_of(kind), rank=5)
+    tensors, sides = to_lora(expert).tensors, set()
+    for n, l in svf_layers(expert).items():
+        A, B = (tensors[f"base_model.model.{n}.lora_{x}.weight"] for x in "AB")
+        want = l.get_delta_weight("default")
+        want = want.T if kind == "gpt2" else want
+        assert A.shape == (5, want.shape[1]) and B.shape == (want.shape[0], 5)
+        assert (B @ A - want).norm() < 1e-5 * want.norm()
+        sides.add(l.side)
+    assert sides == {"left", "right"}
+
+
+def test_gains_that_multiply_every_z_are_exported_too():
+    expert = expert_of(base_of("llama"), parametrization="sigmoid", preserve_nuclear_norm=True)
+    served = get_peft_model(base_of("llama"), to_lora(expert).config).eval()
+    missing = served.load_state_dict({k.replace("_A.", "_A.default.").replace("_B.", "_B.default."): v for k, v in to_lora(expert).tensors.items()}, strict=False)
+    assert not missing.unexpected_keys and off(logits(served), logits(expert)) < 1e-5
+
+
+def test_a_base_in_half_precision(tmp_path):
+    base = base_of("llama", dtype=torch.bfloat16)
+    expert = expert_of(base, rank=4)
+    lora = to_lora(expert)
+    assert {t.dtype for t in lora.tensors.values()} == {torch.bfloat16} and {t.dtype for t in to_lora(expert, dtype=torch.float32).tensors.values()} == {torch.float32}
+    for n, l in svf_layers(expert).items():
+        A, B = (lora.tensors[f"base_model.model.{n}.lora_{x}.weight"].float() for x in "AB")
+        d, Q, W = knobs(l, "default").detach() - 1, l.svf_Q.float()[:, :4], l.get_base_layer().weight.float()
+        want = (Q * d) @ (Q.T @ W) if l.side == "left" else ((W @ Q) * d) @ Q.T
+        assert (B @ A - want).norm() < .01 * want.norm()
+    lora.save(tmp_path / "x")
+    served = PeftModel.from_pretrained(base_of("llama", dtype=torch.bfloat16), tmp_path / "x").eval()
+    noise = off(logits(base.float()), logits(base_of("llama", dtype=torch.bfloat16)))          # what bfloat16 itself is worth here
+    assert off(logits(served), logits(expert)) < max(4 * noise, .05)
+
+
+def test_a_quantised_base_exports_what_it_computed_with(tmp_path):
+    bnb = pytest.importorskip("bitsandbytes")
+    def net():
+        torch.manual_seed(3)
+        m = nn.Sequential(nn.Linear(64, 128, bias=False), nn.Linear(128, 64, bias=False))
+        q = nn.Sequential(*[bnb.nn.Linear4bit(l.in_features, l.out_features, bias=False, compute_dtype=torch.float32, quant_type="nf4") for l in m])
+        for a, b in zip(q, m): a.weight = bnb.nn.Params4bit(b.weight.data, requires_grad=False, quant_type="nf4")
+        return q.to("cpu")
+    x, expert = torch.randn(5, 64), get_peft_model(net(), SvfConfig(target_modules=["0", "1"], rank=6, init_weights=False)).eval()
+    to_lora(expert).save(tmp_path / "x")
+    served = PeftModel.from_pretrained(net(), tmp_path / "x").eval()
+    assert off(served(x), expert(x)) < 1e-4 < off(net()(x), expert(x))
+    with pytest.raises(ValueError, match="quantised"): save_merged(expert, tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()
+
+
+def test_names_and_fields_that_vllm_and_llama_cpp_read(tmp_path):
+    "vllm/lora/utils.py: parse_fine_tuned_lora_name; vllm/lora/peft_helper.py; llama.cpp: get_base_tensor_name, llama_adapter_lora_weight::get_scale"
+    expert = expert_of(base_of("qwen3"), rank=4)
+    lora = to_lora(expert)
+    lora.save(tmp_path / "x", base="somewhere/base")
+    config = json.loads((tmp_path / "x" / "adapter_config.json").read_text())
+    stored, linears = load_file(tmp_path / "x" / "adapter_model.safetensors"), {n for n, m in base_of("qwen3").named_modules() if isinstance(m, nn.Linear)}
+    modules = {re.fullmatch(r"base_model\.model\.(.+)\.lora_[AB]\.weight", k)[1] for k in stored}
+    assert modules == linears - {"lm_head"} and len(stored) == 2 * len(modules)
+    assert {"r", "lora_alpha", "target_modules"} <= set(config) and config["base_model_name_or_path"] == "somewhere/base" and config["peft_type"] == "LORA"
+    assert not config["modules_to_save"] and not config["use_dora"] and not config["use_rslora"] and config["bias"] == "none"
+    for k, t in stored.items():                     # one rank and scale 1, whoever computes it
+        rank = t.shape[1 if "lora_B" in k else 0]
+        assert config["lora_alpha"] / config["r"] == config["lora_alpha"] / rank == 1
+    assert not config["rank_pattern"] and not config["alpha_pattern"]
+    assert {m.rsplit(".", 1)[-1] for m in modules} == set(config["target_modules"])
+
+
+@pytest.mark.parametrize("targets", [["q_proj", "v_proj"], "mlp", r".*layers\.1\.self_attn\.[qk]_proj", ["model.layers.0.mlp.up_proj"]])
+def test_the_config_names_the_adapted_modules_and_no_others(targets, tmp_path):
+    expert = expert_of(base_of("llama"), target_modules=targets, rank=2)
+    to_lora(expert).save(tmp_path / "x")
+    served = PeftModel.from_pretrained(base_of("llama"), tmp_path / "x").eval()
+    named = {n.split("base_model.model.")[1] for n, m in served.named_modules() if hasattr(m, "lora_A")}
+    assert named == set(svf_layers(expert)) and off(logits(served), logits(expert)) < 1e-5
+
+
+def test_matrices_that_did_not_move_stay_out(tmp_path):
+    expert = expert_of(base_of("llama"), rank=3)
+    for n, l in svf_layers(expert).items():
+        if "up_proj" in n:
+            with torch.no_grad(): l.svf_d["default"].zero_()
+    lora = to_lora(expert)
+    assert not any("up_proj" in k for k in lora.tensors) and not any("up_proj" in t for t in lora.config.target_modules)
+    lora.save(tmp_path / "x")
+    assert off(logits(PeftModel.from_pretrained(base_of("llama"), tmp_path / "x").eval()), logits(expert)) < 1e-5
+
+
+def test_one_expert_of_several_and_one_that_is_merged():
+    expert = expert_of(base_of("llama"), rank=3)
+    expert.add_adapter("other", SvfConfig(target_modules="all-linear", rank=2, init_weights=False))
+    a, b = to_lora(expert), to_lora(expert, "other")
+    assert (a.config.r, b.config.r) == (3, 2)
+    expert.merge_adapter(["default"])
+    again = to_lora(expert)                           # read from the unmerged base
+    expert.unmerge_adapter()
+    assert all(torch.equal(t, again.tensors[k]) for k, t in a.tensors.items())
+    with pytest.raises(ValueError, match="no adapter named 'third': loaded are default, other"): to_lora(expert, "third")
+    with pytest.raises(ValueError, match="rank=0"): to_lora(expert, rank=0)
+    with pytest.raises(ValueError, match="no adapter on this model"): to_lora(base_of("llama"))
+
+
+def test_trained_biases_and_modules_go_along(tmp_path):
+    expert = expert_of(base_of("biased"), rank=3, bias="svf_only", modules_to_save=["norm"])
+    with torch.no_grad():
+        for n, p in expert.named_parameters():
+            if p.requires_grad and ("bias" in n or "norm" in n): p.add_(.1 * torch.randn_like(p))
+    to_lora(expert).save(tmp_path / "x")
+    served = PeftModel.from_pretrained(base_of("biased"), tmp_path / "x").eval()
+    assert off(logits(served), logits(expert)) < 1e-5
+    config = json.loads((tmp_path / "x" / "adapter_config.json").read_text())
+    assert config["bias"] == "lora_only" and config["modules_to_save"] == ["norm"]
+
+
+def test_a_mixture_of_experts_with_rank_k_is_a_lora_of_rank_k():
+    expert = expert_of(base_of("llama"), rank=3)
+    for e in ("b", "c"): expert.add_adapter(e, SvfConfig(target_modules="all-linear", rank=3, init_weights=False))
+    expert.add_weighted_adapter(["default", "b", "c"], [.5, .3, .4], "mix")
+    assert to_lora(expert, "mix").config.r == 3
+
+
+# --- the best of each rank
+
+def test_what_is_left_out_is_what_a_decomposition_finds():
+    expert = expert_of(base_of("llama"))
+    lora = to_lora(expert, rank=6)
+    for n, l in svf_layers(expert).items():
+        W = l.get_delta_weight("default").double()
+        A, B = (lora.tensors[f"base_model.model.{n}.lora_{x}.weight"].double() for x in "AB")
+        best = torch.linalg.svdvals(W)[6:].norm()
+        assert abs(float((W - B @ A).norm() - best)) < 1e-5 * W.norm() and abs(lora.left[n].error - float(best)) < 1e-5 * W.norm()
+        assert abs(lora.left[n].norm - float(W.norm())) < 1e-5 * W.norm() and lora.left[n].kept == 6
+    assert .05 < lora.relative < .95
+
+
+def test_the_expert_can_play_its_own_lora():
+    expert = expert_of(base_of("llama"))
+    plain, whole = logits(base_of("llama")), logits(expert)
+    for rank in (0, 1, 7, 99):
+        with at_rank(expert, rank): played = logits(expert)
+        if rank == 0: assert off(played, plain) < 1e-6
+        else:
+            served = get_peft_model(base_of("llama"), (lora := to_lora(expert, rank=rank)).config).eval()
+            served.load_state_dict({k.replace("_A.", "_A.default.").replace("_B.", "_B.default."): v for k, v in lora.tensors.items()}, strict=False)
+            assert off(played, logits(served)) < 1e-5
+    assert off(logits(expert), whole) == 0            # and is itself again, also after an error
+    with pytest.raises(ZeroDivisionError):
+        with at_rank(expert, 1): 1 / 0
+    assert off(logits(expert), whole) == 0
+
+
+class Letters:
+    "A tokenizer: one id a letter"
+    eos_token_id = pad_token_id = None
+    def __call__(self, text, **kw): return dict(input_ids=[1 + ord(c) % 39 for c in text])
+
+
+def test_kl_on_prompts_against_the_sum_written_out():
+    expert, prompts = expert_of(base_of("llama")), ["abc", "abcdefgh", "zzz"]
+    got = kl_at(expert, Letters(), prompts, [0, 2, 24], batch_size=2)
+    def logp(text):
+        with torch.no_grad(): return expert(torch.tensor([Letters()(text)["input_ids"]])).logits[0, :-1].double().log_softmax(-1)
+    for rank in (0, 2):
+        p = [logp(t) for t in prompts]
+        with at_rank(expert, rank): q = [logp(t) for t in prompts]
+        want = sum(float((a.exp() * (a - b)).sum()) for a, b in zip(p, q)) / sum(len(a) for a in p)
+        assert abs(got[rank] - want) < 1e-4 * want
+    assert got[0] > got[2] > got[24] >= -1e-7 and abs(got[24]) < 1e-6
+
+
+def test_faster_than_peft_and_as_exact():
+    import time
+    net = get_peft_model(nn.Sequential(nn.Linear(1024, 2736, bias=False)), SvfConfig(target_modules=["0"], rank=16, init_weights=False))
+    def clock(f): t = time.process_time(); f(); return time.process_time() - t
+    assert clock(lambda: convert_to_lora(net, 16)) > 20 * min(clock(lambda: to_lora(net)) for _ in range(3))
+
+
+# --- as one model
+
+@pytest.mark.parametrize("kind", MAKERS)
+@pytest.mark.parametrize("keep", [True, False])
+def test_a_merged_folder_is_an_ordinary_model(kind, keep, tmp_path):
+    expert = expert_of(base_of(kind))
+    expert.get_base_model().generation_config.max_new_tokens = 17
+    want, before = logits(expert), {n: t.clone() for n, t in base_tensors(expert).items()}
+    save_merged(expert, tmp_path / "x", keep=keep, max_shard_size="10KB")
+    assert (tmp_path / "x" / "model.safetensors.index.json").is_file() and len(list((tmp_path / "x").glob("*.safetensors"))) > 2
+    alone = AutoModelForCausalLM.from_pretrained(tmp_path / "x").eval()
+    assert off(logits(alone), want) < 1e-5 and type(alone) is type(base_of(kind)) and alone.generation_config.max_new_tokens == 17
+    names = set(base_of(kind).state_dict())
+    assert set(alone.state_dict()) == names
+    if keep: assert set(before) == names and all(torch.equal(t, base_tensors(expert)[n]) for n, t in before.items()) and off(logits(expert), want) == 0
+
+
+def test_any_mergeable_method_can_be_merged(tmp_path):
+    torch.manual_seed(4)
+    expert = get_peft_model(base_of("llama"), LoraConfig(target_modules=["q_proj"], init_lora_weights=False)).eval()
+    want = logits(expert)
+    save_merged(expert, tmp_path / "x")
+    assert off(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "x").eval()), want) < 1e-5
+
+
+def test_modules_trained_in_full_are_merged_too(tmp_path):
+    expert = expert_of(base_of("biased"), bias="svf_only", modules_to_save=["norm", "lm_head"])
+    with torch.no_grad():
+        for n, p in expert.named_parameters():
+            if p.requires_grad and ("bias" in n or "modules_to_save" in n): p.add_(.1 * torch.randn_like(p))
+    save_merged(expert, tmp_path / "x")
+    assert off(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "x").eval()), logits(expert)) < 1e-5
+
+
+class Full:
+    def __init__(self, error): self.error = error
+    def save_pretrained(self, folder):
+        assert (folder / "config.json").is_file()      # the model was written before it
+        raise self.error
+
+
+@pytest.mark.parametrize("error", [OSError("No space left on device"), KeyboardInterrupt()])
+def test_nothing_half_written(error, tmp_path):
+    expert = expert_of(base_of("llama"))
+    want, before = logits(expert), {n: t.clone() for n, t in base_tensors(expert).items()}
+    with pytest.raises(type(error)): save_merged(expert, tmp_path / "x", Full(error))
+    assert not list(tmp_path.iterdir())
+    assert all(torch.equal(t, base_tensors(expert)[n]) for n, t in before.items()) and off(logits(expert), want) == 0
+
+
+def test_a_broken_expert_is_not_merged(tmp_path):
+    expert = expert_of(base_of("llama"))
+    list(svf_layers(expert).values())[-1].svf_d["default"].data[0] = torch.nan
+    before = {n: t.clone() for n, t in base_tensors(expert).items()}
+    with pytest.raises(ValueError, match="NaN"): save_merged(expert, tmp_path / "x")
+    assert not list(tmp_path.iterdir()) and all(torch.equal(t, base_tensors(expert)[n]) for n, t in before.items())
+
+
+def test_folders_in_use_are_left_alone(tmp_path):
+    expert = expert_of(base_of("llama"), rank=2)
+    (tmp_path / "mine").mkdir(); (tmp_path / "mine" / "note").write_text("mine"); (tmp_path / "file").write_text("x"); (tmp_path / "empty").mkdir()
+    for there in ("mine", "file"):
+        with pytest.raises(ValueError, match="there already"): to_lora(expert).save(tmp_path / there)
+        with pytest.raises(ValueError, match="there already"): save_merged(expert, tmp_path / there)
+    assert os.listdir(tmp_path / "mine") == ["note"]
+    to_lora(expert).save(tmp_path / "empty")
+    assert (tmp_path / "empty" / "adapter_config.json").is_file()
+    expert.merge_adapter()
+    with pytest.raises(ValueError, match="merged already"): save_merged(expert, tmp_path / "y")
