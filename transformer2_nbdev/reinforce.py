@@ -4,18 +4,18 @@
 
 # %% auto #0
 __all__ = ['PAPER', 'OFFICIAL', 'CHOICES', 'AT_LEAST', 'ABOVE', 'STATE', 'FREE', 'advantages', 'kl_per_token', 'kl_to_go',
-           'reference', 'policy_loss', 'AskConfig', 'ObjectiveConfig', 'ReinforceConfig', 'rate_of', 'check_config',
-           'check_sampling', 'Run', 'snapshot', 'restore', 'begin', 'seed_of', 'batch_rows', 'chunks', 'world',
-           'join_world', 'exchange', 'sum_gradients', 'collect', 'judged', 'autocast', 'in_mode', 'micro_batches',
-           'learn', 'add_sums', 'pays', 'stepping', 'mean', 'some_rows', 'policy_step', 'pace', 'Diverged', 'update',
-           'adam', 'moved', 'trusted', 'probe', 'val_plan', 'validate', 'score', 'validations', 'best_step', 'stale',
-           'one_step', 'until_interrupted', 'loop', 'History', 'plot_history', 'write', 'save_state', 'save_metrics',
-           'load_state', 'save_adapter', 'check_run', 'check_model', 'check_folder', 'start', 'summary',
-           'scalar_writer', 'write_down', 'record', 'finish', 'go', 'rescue', 'train_expert', 'gold_batch',
-           'answer_step', 'sft']
+           'reference', 'policy_loss', 'setting', 'AskConfig', 'ObjectiveConfig', 'ReinforceConfig', 'rate_of',
+           'check_config', 'check_sampling', 'Run', 'snapshot', 'restore', 'begin', 'seed_of', 'batch_rows', 'chunks',
+           'world', 'join_world', 'exchange', 'sum_gradients', 'collect', 'judged', 'autocast', 'in_mode',
+           'micro_batches', 'learn', 'add_sums', 'pays', 'stepping', 'mean', 'some_rows', 'policy_step', 'pace',
+           'Diverged', 'update', 'adam', 'moved', 'trusted', 'probe', 'val_plan', 'validate', 'score', 'validations',
+           'best_step', 'stale', 'one_step', 'until_interrupted', 'loop', 'History', 'plot_history', 'write',
+           'save_state', 'save_metrics', 'load_state', 'disk_errors', 'save_adapter', 'check_run', 'check_model',
+           'check_folder', 'start', 'summary', 'scalar_writer', 'write_down', 'record', 'finish', 'go', 'rescue',
+           'train_expert', 'gold_batch', 'answer_step', 'sft']
 
 # %% ../nbs/09_reinforce.ipynb #07c6dcfd
-import hashlib, importlib.util, json, math, os, random, shlex, signal, sys, tempfile
+import hashlib, importlib.util, io, json, math, os, random, re, shlex, signal, sys, tempfile
 import threading, time
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
@@ -29,9 +29,10 @@ from tqdm.auto import tqdm
 
 from . import progress_bar
 from .adapter import svf_layers
-from .evaluate import (base_name, item_id, licence_of, make_result, model_card,
-                                         peak_memory, save, versions, write_atomic)
 from .fused import can_fuse, check_fused, fused
+from .evaluate import (append_lines, base_name, check_writable, is_part, item_id,
+                                         licence_of, make_result, model_card, peak_memory, save,
+                                         sweep_up, versions, write_atomic)
 from .rollout import (Rollouts, check_room, encode, entropy, eos_ids, forked_rng,
                                         inner, items_of, pad_id, pad_left, rollout, token_logprobs,
                                         undisturbed, vocab_logprobs)
@@ -107,63 +108,70 @@ def policy_loss(model: nn.Module,
     return loss, dict(loss=loss.sum().item(), kl=kl.sum().item(), entropy=h.sum().item(),
                       gap=gap.max().item(), to_go=to_go.sum(0), places=kept.sum(0))
 
+# %% ../nbs/09_reinforce.ipynb #598ae3d5
+def setting(default,
+            help: str    # what it does, in one sentence
+           ):            # a dataclass field
+    "A field that carries its own documentation"
+    return field(default=default, metadata=dict(help=help))
+
 # %% ../nbs/09_reinforce.ipynb #624c1896
 @dataclass(kw_only=True)
 class AskConfig:
     "How rollouts and validations are asked for"
-    batch_size: int = 64             # rollouts per optimizer step, over all processes
-    samples: int = 1                 # completions per prompt; batch_size / samples prompts a batch
-    temperature: float = 1.          # of the rollouts; 0 is greedy
-    top_p: float = 1.                # of the rollouts; below 1 they are no longer the policy's own
-    max_new_tokens: int = None       # None: the task's own
-    rollout_batch: int = 64          # completions generated at once: the unit of randomness, and of
-                                     # work for a process
-    val_every: int = 5               # steps between validations; 0: only before the first and after
-                                     # the last step
-    val_limit: int = 256             # validation prompts
-    val_samples: int = None          # completions per validation prompt; None: 1, or more where
-                                     # there are fewer than 64 prompts
-    val_temperature: float = None    # of the validation; None: greedy for one completion per
-                                     # prompt, else that of the rollouts
-    patience: int = None             # stop after this many validations without a better one; None
-                                     # runs all steps
+    batch_size: int = setting(64, "rollouts per optimizer step, over all processes")
+    samples: int = setting(1, "completions per prompt; batch_size / samples prompts a batch")
+    temperature: float = setting(1., "of the rollouts; 0 is greedy")
+    top_p: float = setting(1., "of the rollouts; below 1 they are no longer the policy's own")
+    max_new_tokens: int | None = setting(None, "tokens of an answer; none: as the task says")
+    rollout_batch: int = setting(64, "completions generated at once: the unit of randomness, and "
+                                     "of work for a process")
+    val_every: int = setting(5, "steps between validations; 0: only before the first step and "
+                                "after the last")
+    val_limit: int = setting(256, "validation prompts, at most")
+    val_samples: int | None = setting(None, "completions per validation prompt; none: 1, or more "
+                                            "where there are fewer than 64 prompts")
+    val_temperature: float | None = setting(None, "of the validation; none: greedy for one "
+                                                  "completion per prompt, else the rollouts'")
+    patience: int | None = setting(None, "stop after this many validations without a better one; "
+                                         "none runs all steps")
 
 # %% ../nbs/09_reinforce.ipynb #a4ccc70f
 @dataclass(kw_only=True)
 class ObjectiveConfig:
     "What the gradient is of"
-    advantage: str = "batch"         # "none" | "batch" | "leave-one-out" | "group"
-    reduction: str = "sequence"      # "sequence": sum over tokens, mean over rollouts;
-                                     # "token": mean over tokens
-    kl: float = 0.1                  # lambda
-    kl_of: str = "policy"            # "policy": KL(policy || base); "base": KL(base || policy)
-    kl_path: bool = True             # the KL's gradient includes the choice of the path, and is
-                                     # exact; False: the places only, as many libraries
-    track_kl: bool = True            # measure the KL even where kl = 0, for one forward pass
-                                     # without gradient
-    max_kl: float = 10.              # a mean KL per token above this counts as diverged (nats);
-                                     # None never does
+    advantage: str = setting("batch", "what a reward is compared with")
+    reduction: str = setting("sequence", "sequence: sum over the tokens of an answer, mean over "
+                                         "answers; token: mean over all tokens")
+    kl: float = setting(0.1, "weight of the divergence from the base (lambda)")
+    kl_of: str = setting("policy", "policy: KL(policy || base); base: KL(base || policy)")
+    kl_path: bool = setting(True, "let the gradient of the KL include the choice of the path, "
+                                  "which makes it exact; many libraries leave it out")
+    track_kl: bool = setting(True, "measure the KL even where its weight is 0, for one forward "
+                                   "pass without gradient")
+    max_kl: float | None = setting(10., "a mean KL per token above this counts as diverged "
+                                        "(nats); none never does")
 
 # %% ../nbs/09_reinforce.ipynb #81fa4c3a
 @dataclass(kw_only=True)
 class ReinforceConfig(AskConfig, ObjectiveConfig):
     "How to train. The defaults suit a reward of -1 or +1"
-    steps: int = 50                  # optimizer steps
-    lr: float | str = "auto"         # peak learning rate of AdamW; "auto": what moves the policy by
-                                     # `step_kl` in the first step, and never much more later
-    step_kl: float = 0.004           # how far one step may move the policy (nats per token)
-    warmup: int = 0                  # steps over which the rate rises
-    schedule: str = "constant"       # "constant", or "cosine" down to 0
-    weight_decay: float = 0.         # pulls d = z - 1 toward 0, which is the base
-    max_grad_norm: float = 1.        # clip the gradient to this norm; None leaves it alone
-    micro_batch: int = None          # rows per forward and backward pass; None: rollout_batch
-    fused: bool | str = "auto"       # SVF on dense W' within a step: True, False, or "auto", when
-                                     # it pays
-    autocast: str = None             # None or "bf16": mixed precision, for rollouts too
-    dropout: bool = False            # train with the model's and the adapter's dropout on
-    save_every: int = 1              # steps between writes of the state
-    seed: int = 0                    # everything random follows from it
-    tensorboard: bool = False        # also write TensorBoard events
+    steps: int = setting(50, "optimizer steps")
+    lr: float | str = setting("auto", "peak learning rate of AdamW; auto: what moves the policy by "
+                                      "step_kl in the first step, and never much more later")
+    step_kl: float = setting(0.004, "how far one step may move the policy, in nats per token")
+    warmup: int = setting(0, "steps over which it rises")
+    schedule: str = setting("constant", "what it does then; cosine falls to 0")
+    weight_decay: float = setting(0., "pulls d = z - 1 toward 0, which is the base")
+    max_grad_norm: float | None = setting(1., "clip the gradient to this norm; none: do not")
+    micro_batch: int | None = setting(None, "rows per forward and backward pass; none: all of "
+                                            "rollout_batch")
+    fused: bool | str = setting("auto", "SVF on dense W' within a step; auto: when it pays")
+    autocast: str | None = setting(None, "bf16: mixed precision, for rollouts too")
+    dropout: bool = setting(False, "train with the model's and the adapter's dropout on")
+    save_every: int = setting(1, "steps between writes of the state")
+    seed: int = setting(0, "everything random follows from it")
+    tensorboard: bool = setting(False, "also write TensorBoard events")
 
     def __post_init__(self):
         self.lr = rate_of(self.lr)
@@ -222,7 +230,8 @@ def check_sampling(c: ReinforceConfig) -> None: # raises ValueError naming the f
             c.advantage in ("batch", "leave-one-out") and c.batch_size < 2,
         f"val_temperature={c.val_temperature}: must be at least 0": (c.val_temperature or 0) < 0,
         "val_samples > 1 needs a temperature above 0: greedy completions are all alike":
-            (c.val_samples or 1) > 1 and hot == 0}
+            (c.val_samples or 1) > 1 and hot == 0,
+        f"seed={c.seed}: must fit in 63 bits": not 0 <= abs(c.seed) < 2**63}
     for message, applies in wrong.items():
         if applies: raise ValueError(message)
 
@@ -634,8 +643,10 @@ STATE = ("step", "best", "good", "ahead", "rate", "metrics", "seconds") # fields
 def write(path: Path, make: Callable) -> None: # make: writes to the path it is given
     "Write a file under another name and rename it: a reader finds the old content or the new"
     part = path.with_name(f".{path.name}.part")
-    make(part)
-    os.replace(part, path)
+    try:
+        make(part)
+        os.replace(part, path)
+    finally: part.unlink(missing_ok=True)
 
 def save_state(run: Run) -> None:
     "Everything that a later process needs to go on as if nothing had happened"
@@ -643,14 +654,15 @@ def save_state(run: Run) -> None:
     state = {k: getattr(run, k) for k in STATE}
     state |= dict(params=snapshot(run), optimizer=run.optimizer.state_dict(),
                   config=asdict(run.config))
-    write(run.out / "state.pt", lambda path: torch.save(state, path))
+    torch.save(state, made := io.BytesIO())      # on a full disk, torch.save itself says nothing clear
+    write_atomic(run.out / "state.pt", made.getbuffer())
 
 def save_metrics(run: Run, last: bool = False) -> None: # last: only append the newest line
     "metrics.jsonl, one line per step"
     if run.out is None or world()[0]: return
     lines = [json.dumps(m) + "\n" for m in (run.metrics[-1:] if last else run.metrics)]
     if not last: return write_atomic(run.out / "metrics.jsonl", "".join(lines))
-    with open(run.out / "metrics.jsonl", "a", encoding="utf-8") as f: f.writelines(lines)
+    append_lines(run.out / "metrics.jsonl", lines[0])
 
 # %% ../nbs/09_reinforce.ipynb #5cd950d2
 FREE = ("save_every", "tensorboard", "max_kl") # fields that a resumed run may change
@@ -674,13 +686,22 @@ def load_state(run: Run) -> None: # raises ValueError where the state is another
     for k in STATE: setattr(run, k, s[k])
 
 # %% ../nbs/09_reinforce.ipynb #8e66e58a
+@contextmanager
+def disk_errors() -> Iterator[None]:
+    "What safetensors says of a disk, as the OSError that it was"
+    try: yield
+    except Exception as e:
+        number = re.search(r"\(os error (\d+)\)", str(e))
+        if number is None or isinstance(e, OSError): raise
+        raise OSError(int(number[1]), os.strerror(int(number[1]))) from e
+
 def save_adapter(run: Run, values: dict, folder: str = ".") -> None:
     "An ordinary PEFT adapter folder under `run.out` with the given values; the model keeps its own"
     if run.out is None or world()[0]: return
     now, name = snapshot(run), run.model.active_adapter
     restore(run, values)
     try:
-        with tempfile.TemporaryDirectory(dir=run.out) as tmp:
+        with tempfile.TemporaryDirectory(prefix=".", suffix=".part", dir=run.out) as tmp, disk_errors():
             run.model.save_pretrained(tmp, selected_adapters=[name], save_embedding_layers=False)
             (run.out / folder).mkdir(exist_ok=True)
             made = Path(tmp) / ("" if name == "default" else name)
@@ -726,24 +747,29 @@ def check_folder(out: str | Path, resume: bool) -> None:
     if out.exists() and not out.is_dir(): raise ValueError(f"{out} is a file: give a folder")
     if resume and not (out / "state.pt").is_file():
         raise FileNotFoundError(f"nothing to resume in {out}: there is no state.pt")
-    if not resume and out.is_dir() and any(out.iterdir()):
+    check_writable(out)
+    if not resume and out.is_dir() and not all(map(is_part, out.iterdir())):
         raise ValueError(f"{out} is not empty: resume the run in it, or choose another folder")
 
 # %% ../nbs/09_reinforce.ipynb #18e6d51c
 def start(run: Run, resume: bool, eval_fn: Callable | None) -> None:
     "Check, measure the untouched model or pick up where a run was left, and only now make a folder"
     check_run(run, resume)
+    if run.out is not None and not world()[0]: sweep_up(run.out)
     for p in run.params.values():
         if world()[1] > 1: dist.broadcast(p.data, 0)
     if resume:
         load_state(run)
         return save_metrics(run)
-    probe(run)
+    try: probe(run)
+    except Diverged:
+        raise ValueError("the model gives NaN or infinity before any training:"
+                         " load it in another dtype, or take another checkpoint") from None
     run.metrics = [dict(step=0) | validate(run, eval_fn)[0]]
     run.best = run.good = snapshot(run)
     if run.out is not None and not world()[0]: run.out.mkdir(parents=True, exist_ok=True)
+    save_state(run)      # first: what comes after it can be made again from it
     save_metrics(run)
-    save_state(run)
 
 # %% ../nbs/09_reinforce.ipynb #51df05ae
 def summary(m: dict) -> str:

@@ -352,7 +352,8 @@ class _Helper:
         source = "\n".join([*map(inspect.getsource, parts), "_serve()"])
         pipe = subprocess.PIPE
         self.process = subprocess.Popen([sys.executable, "-c", source], stdin=pipe, stdout=pipe,
-                                        stderr=subprocess.DEVNULL, text=True)
+                                        stderr=subprocess.DEVNULL, text=True,
+                                        start_new_session=True)        # Ctrl-C is not for it
         if self.line(60) != "ready":
             raise RuntimeError("math-verify does not start: try `python -c 'import math_verify'`")
 
