@@ -180,5 +180,5 @@ def test_a_byte_order_mark_is_not_part_of_the_first_prompt(tmp_path, name, data,
 
 def test_a_file_that_is_not_utf8_is_named(tmp_path):
     (tmp_path / "p.txt").write_bytes("Tell a story.".encode("utf-16"))
-    with pytest.raises(ValueError, match="p.txt: not UTF-8 text") as e: tasks.read_rows(tmp_path / "p.txt")
+    with pytest.raises(ValueError, match="p.txt is not UTF-8 text") as e: tasks.read_rows(tmp_path / "p.txt")
     assert "\n" not in str(e.value)
