@@ -13,17 +13,23 @@ test items of a task and compared with the target's own base item by item. Six p
     shuffles   more shuffles (20 in all) onto A-sibling and B, on the expert's own skill.
     mix        few-shot search (10 shots) over the target's own experts, A's (ordered), both, and its own beside shuffled ones.
     home       stability of A's experts on A itself.
+    null       200 shuffles of every expert onto A-sibling and B (the first 20 are those of `shuffles`), on the first 198 questions of its own
+               skill, each with its centred cosine: the sample from which the permutation test draws.
+    real       kinship of a real checkpoint (stories260k) with what became of it: rounded to 4 bits, disturbed by noise, trained on other text.
+
+`null` and `real` change only their own tables of the record, and leave the rest as it is.
 
 `alike` compares the expert's operator Q diag(z - 1) Q^T before and after, all matrices together: cosine, cosine without each matrix's mean,
 ratio of norms; `kin` is the mean |u_i . u'_i| of a matrix beside chance. Each finished evaluation is a line in --work, so an interrupted run goes on where it stopped.
 """
-import argparse, json, math, sys, time
+import argparse, copy, json, math, os, sys, time
 from contextlib import nullcontext
 from pathlib import Path
 
 import peft, torch, transformers
 from peft import PeftModel
 
+from pieces import Work
 from transformer2_nbdev import lab
 from transformer2_nbdev.adapt import load_experts
 from transformer2_nbdev.adapter import svf_layers, zs
@@ -32,7 +38,10 @@ from transformer2_nbdev.cli import DEMO, wrap
 from transformer2_nbdev.evaluate import bootstrap, evaluate, mcnemar
 from transformer2_nbdev.fewshot import FewShot, draw_shots
 from transformer2_nbdev.reinforce import ReinforceConfig, train_expert
-from transformer2_nbdev.transfer import alike, kinship, transfer
+from transformer2_nbdev.svd import decompose
+from transformer2_nbdev.svf import compose
+from transformer2_nbdev.tasks import get_task
+from transformer2_nbdev.transfer import alike, carry as move, kinship, overlap, transfer
 
 SKILLS, TASKS, TOKENS = lab.TRAINED, (*lab.TRAINED, *lab.UNSEEN, "code+math"), lab.tokenizer()
 near = lambda skill: (skill, f"{skill}-hard")
@@ -40,6 +49,7 @@ NEW_TEXT, STEPS, SNAPSHOTS, LR = {"A-sibling": 202, "A": 201}, 200, (0, 50, 100,
 SEARCH = dict(generations=6, population=20)
 OWN = {"A-sibling": SKILLS, "B": ("math", "code")}   # B never learned logic
 PARTS = ["carry", "train", "stability", "shuffles", "mix", "home"]
+DRAWS, QUESTIONS = 200, 198                          # of `null`
 
 
 class Book:
@@ -202,6 +212,87 @@ def against(a: str, b: str) -> list: # n, right in b, gained, lost, p, low, high
     return [len(b), b.count("1"), gained, lost, float(f"{mcnemar(gained, lost):.3g}"), *(round(x, 4) for x in bootstrap(gained, lost, len(b)))]
 
 
+def numbers(skill: str) -> tuple: # ({matrix: d}, {matrix: Q}) of an expert of A, in the order in which `transfer` reads them
+    "What there is to carry"
+    d = {n: z.cpu() - 1 for n, z in zs(expert(skill), skill).items()}
+    modules = dict(lab.load("A")[0].named_modules())
+    return d, {n: decompose(modules[n].weight.detach()).Q for n in d}
+
+
+@torch.no_grad()
+def null_case(skill: str, target: str, d: dict, Q: dict) -> dict:
+    "Right answers and centred cosine of the ordered expert and of every shuffle, on plain weights"
+    model, plain, task = lab.load(target)[0], lab.load(target)[0], lab.tasks()[skill]
+    modules, weights = dict(model.named_modules()), {n: m.weight for n, m in plain.named_modules() if n in d}
+    R = {n: decompose(modules[n].weight.detach()).Q for n in d}
+    O2 = {n: overlap(Q[n], R[n]) for n in d}
+    centred = {n: v - v.mean() for n, v in d.items()}
+    size = sum(v.square().sum() for v in centred.values())
+    def one(how: str, seed: int = 0) -> tuple:
+        g = torch.Generator().manual_seed(seed)
+        e = {n: move(v, len(v), how, g) for n, v in d.items()}
+        for n, v in e.items(): weights[n].copy_(compose(modules[n].weight, 1 + v, R[n]))
+        cosine = sum(centred[n] @ O2[n] @ (v - v.mean()) for n, v in e.items()) / size
+        return evaluate(plain, TOKENS, task, limit=QUESTIONS, batch_size=QUESTIONS, progress=False).correct, round(cosine.item(), 4)
+    base = evaluate(model, TOKENS, task, limit=QUESTIONS, batch_size=QUESTIONS, progress=False).correct
+    (ordered, cosine), drawn = one("ordered"), [one("shuffled", s) for s in range(DRAWS)]
+    return dict(n=QUESTIONS, base=base, ordered=ordered, cosine=cosine, shuffled=[c for c, _ in drawn], cosines=[x for _, x in drawn])
+
+
+def null(work: Path) -> dict:
+    done = Work(work / "null")
+    return {t: {s: done.do(f"{t}_{s}", lambda: null_case(s, t, *numbers(s))) for s in SKILLS} for t in ("A-sibling", "B")}
+
+
+def four_bits(W: torch.Tensor, group: int = 32) -> torch.Tensor:
+    "Rounded to 16 levels between the smallest and the largest of each group of 32, as Q4_1 does"
+    x = W.reshape(-1, group)
+    low, high = x.amin(1, keepdim=True), x.amax(1, keepdim=True)
+    step = (high - low).clamp(min=1e-12) / 15
+    return (((x - low) / step).round() * step + low).reshape(W.shape)
+
+
+def relatives(folder: str) -> dict: # {what became of it: model}
+    "A real checkpoint, and what became of it"
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    new = lambda: AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    matrices = lambda m: [p for n, p in m.named_parameters() if n.endswith("_proj.weight")]
+    out, g = {"rounded to 4 bits": new()}, torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for p in matrices(out["rounded to 4 bits"]): p.copy_(four_bits(p))
+        for noise in (.03, .1, .3, 1.):
+            out[f"noise {noise:g}"] = new()
+            for p in matrices(out[f"noise {noise:g}"]): p.add_(noise * p.std() * torch.randn(p.shape, generator=g))
+    tok, text = AutoTokenizer.from_pretrained(folder), get_task("gsm8k", data_dir=Path(folder).parent).examples("train")
+    ids = torch.tensor([i for e in text[:1500] for i in tok(e["question"])["input_ids"]])
+    model = new().train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    for step in range(1, 301):
+        rows = ids[torch.randint(len(ids) - 128, (16, 1), generator=g) + torch.arange(128)]
+        loss = model(rows, labels=rows).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if step in (30, 100, 300): out[f"{step} steps on other text"] = copy.deepcopy(model).eval()
+    torch.manual_seed(1)
+    out["another initialisation"] = type(model)(model.config)
+    return {"itself": new()} | out
+
+
+def real(folder: Path) -> dict:
+    "{relative: mean kinship of the strongest, middle and weakest third of directions, chance, size of the change}"
+    first, out = None, {}
+    for name, model in relatives(str(folder)).items():
+        W = {n: m.weight.detach() for n, m in model.named_modules() if n.endswith("_proj")}
+        Q = {n: decompose(w).Q for n, w in W.items()}
+        first = first or (W, Q)
+        def part(i): return [x for n in Q for x in torch.tensor_split((Q[n] * first[1][n]).sum(0).abs(), 3)[i].tolist()]
+        change = sum((W[n] - first[0][n]).norm() ** 2 for n in W) ** .5 / sum(w.norm() ** 2 for w in first[0].values()) ** .5
+        out[name] = dict(thirds=[round(sum(x) / len(x), 4) for x in map(part, range(3))], change=round(change.item(), 4),
+                         chance=round(sum((2 / (math.pi * len(q))) ** .5 for q in Q.values()) / len(Q), 4))
+    return out
+
+
 COLUMNS = ["n", "correct", "gained", "lost", "p", "low", "high"]
 
 def report(book: Book) -> dict:
@@ -227,6 +318,8 @@ def report(book: Book) -> dict:
                      for k, v in b.items() if k[0] == "kin"})
 
 
+FACTS = ("versions", "continued", "search", "expert", "columns", "parts")
+
 def write(path: Path, facts: dict, tables: dict) -> None:
     "JSON with one table row per line"
     lines = lambda rows: "[\n  " + ",\n  ".join(json.dumps(r) for r in rows) + "\n ]" if rows else "[]"
@@ -235,9 +328,19 @@ def write(path: Path, facts: dict, tables: dict) -> None:
     path.write_text("{\n" + ",\n".join(body) + "\n}\n")
 
 
+def alone(a) -> None:
+    "The parts that change their own table only"
+    record = json.loads(a.out.read_text())
+    if "null" in a.parts: record["null"] = null(a.work)
+    if "real" in a.parts: record["real"] = Work(a.work / "real").do("stories260k", lambda: real(a.data / "stories260k"))
+    tables = {k: record.pop(k) for k in [*record] if isinstance(record[k], (list, dict)) and k not in FACTS}
+    write(a.out, record, tables)
+
+
 def main(a) -> dict:
     torch.set_num_threads(1)
     transformers.utils.logging.disable_progress_bar()
+    if set(a.parts) <= {"null", "real"}: return alone(a)
     book = Book(a.work / "book.jsonl")
     todo = dict(carry=lambda: carry(book), stability=lambda: stability(book, a.work, ("A-sibling",)), home=lambda: stability(book, a.work, ("A",)), train=lambda: train(book, a.work), mix=lambda: mix(book, a.work, a.shot_seeds),
                 shuffles=lambda: shuffles(book, a.shuffles))
@@ -256,8 +359,9 @@ def main(a) -> dict:
 
 if __name__ == "__main__":
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    p.add_argument("--parts", nargs="+", default=PARTS, choices=PARTS)
+    p.add_argument("--parts", nargs="+", default=PARTS, choices=[*PARTS, "null", "real"])
     p.add_argument("--shot-seeds", type=int, default=3); p.add_argument("--shuffles", type=int, default=20)
     p.add_argument("--work", type=Path, default=Path("runs/transfer"), help="finished evaluations, snapshots and trained experts")
+    p.add_argument("--data", type=Path, default=Path(os.environ.get("TRANSFORMER2_DATA", "../shared/data")), help="published data, for `real`")
     p.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "transfer.json")
     main(p.parse_args())

@@ -9,7 +9,7 @@ import argparse, hashlib, os, re, subprocess, sys, time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-ENV = dict(OMP_NUM_THREADS="1", MKL_NUM_THREADS="1", PYTHONHASHSEED="0", IN_TEST="1", TOKENIZERS_PARALLELISM="false")
+ENV = dict(OMP_NUM_THREADS="1", MKL_NUM_THREADS="1", PYTHONHASHSEED="0", IN_TEST="1", TOKENIZERS_PARALLELISM="false", TQDM_DISABLE="1")
 DPI = 90                                   # of figures that do not choose their own
 MAX_NB, MAX_FIG = 250_000, 50_000          # bytes a notebook and a figure may weigh; more is reported
 

@@ -8,9 +8,10 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from transformer2_nbdev.adapter import SvfConfig, svf_layers
 from transformer2_nbdev.mixture import mixture
-from transformer2_nbdev.fewshot import (OFFICIAL, OFFICIAL_SEARCH, FewShot, Marks, Shots, Strength,
-                                        alphas, best_first, cem, corners, curve, draw_shots,
-                                        few_shot_scores, folds, mark, n_blocks, select, variants)
+from transformer2_nbdev.fewshot import (OFFICIAL, OFFICIAL_SEARCH, BestOf, FewShot, Marks, Shots, Strength,
+                                        alphas, best_first, cem, corners, curve, draw_shots, evens,
+                                        few_shot_scores, folds, in_context, mark, n_blocks,
+                                        random_mixtures, select, strengths, variants)
 from transformer2_nbdev.rollout import generate, token_logprobs
 from transformer2_nbdev.tasks import Task
 
@@ -266,3 +267,25 @@ def test_official_few_shot_weighs_every_matrix(model, tok, task):
     w = f(["a", "b"])
     with mixture(model, w, EXPERTS, "sum"): generate(model, tok, ["a", "b"], 2, temperature=0)
     with pytest.raises(ValueError, match="per_layer='head'"): FewShot(model, tok, task, draw_shots(task, 4), per_layer="head")
+
+
+def test_best_of_a_list_takes_the_best_and_of_equals_the_first(model, tok, task):
+    shots = Shots(model, tok, task, draw_shots(task, 6))
+    tried = torch.cat([evens(2, [.3, .3]), strengths(2, [.5, 1.]), random_mixtures(2, 5, seed=3)])
+    b = BestOf(model, tok, task, shots, tried, EXPERTS)
+    k = best_first(b.scores)[0]
+    assert torch.equal(b.weights, tried[k]) and b.scores[k].tolist() == max(b.scores.tolist())
+    twice = BestOf(model, tok, task, shots, tried[k].expand(3, 2), EXPERTS)
+    assert torch.equal(twice.weights, tried[k]) and best_first(twice.scores).tolist() == [0, 1, 2]
+    layers = BestOf(model, tok, task, shots, tried[:4, None].expand(4, 2, 2), EXPERTS)
+    assert layers(["a", "b"]).shape == (2, 2, 2) and torch.allclose(layers.scores, b.scores[:4], atol=1e-4)
+    assert tried[:2].tolist() == [[torch.tensor(.3).item()] * 2] * 2 and random_mixtures(3, 9, (1., 2.)).min() >= 1
+
+
+def test_in_context_changes_prompts_alone(model, tok, task):
+    shots = draw_shots(task, 2)
+    shown, e = in_context(task, shots, between=" . ", after=" = "), task.examples("test")[0]
+    front = "".join(f"{s['prompt']} = {s['answer']} . " for s in shots)
+    assert shown.prompt(e) == front + task.prompt(e) and shown.examples("test") == task.examples("test")
+    assert shown.judge(e["answer"], e).correct == task.judge(e["answer"], e).correct and shown.name == task.name
+    with pytest.raises(ValueError, match="shot 0 has no answer"): in_context(task, [dict(prompt="a", answer="")])

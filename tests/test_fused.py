@@ -58,3 +58,11 @@ def test_fused_in_two_processes(tmp_path):
         if p.requires_grad:
             assert torch.equal(a[n], b[n])
             assert (a[n] - p.grad).norm() / p.grad.norm() < 1e-5
+
+
+def test_a_late_backward_is_no_silent_nothing():
+    m = turned(get_peft_model(llama(), SvfConfig()))
+    with fused(m): loss = m(IDS, labels=IDS).loss
+    with pytest.raises(RuntimeError, match="backward inside fused"): loss.backward()
+    m.zero_grad()
+    torch.testing.assert_close(grads(m, fused(m)), grads(m), rtol=1e-4, atol=1e-6)

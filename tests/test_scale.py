@@ -153,7 +153,7 @@ def test_matrices_that_did_not_move_stay_out(tmp_path):
     expert = expert_of(base_of("llama"), rank=3)
     for n, l in svf_layers(expert).items():
         if "up_proj" in n:
-            with torch.no_grad(): l.svf_z["default"].add_(1 - knobs(l, "default"))
+            with torch.no_grad(): l.svf_d["default"].zero_()
     lora = to_lora(expert)
     assert not any("up_proj" in k for k in lora.tensors) and not any("up_proj" in t for t in lora.config.target_modules)
     lora.save(tmp_path / "x")
@@ -301,7 +301,7 @@ def test_nothing_half_written(error, tmp_path):
 
 def test_a_broken_expert_is_not_merged(tmp_path):
     expert = expert_of(base_of("llama"))
-    list(svf_layers(expert).values())[-1].svf_z["default"].data[0] = torch.nan
+    list(svf_layers(expert).values())[-1].svf_d["default"].data[0] = torch.nan
     before = {n: t.clone() for n, t in base_tensors(expert).items()}
     with pytest.raises(ValueError, match="NaN"): save_merged(expert, tmp_path / "x")
     assert not list(tmp_path.iterdir()) and all(torch.equal(t, base_tensors(expert)[n]) for n, t in before.items())

@@ -1,10 +1,63 @@
 __version__ = "0.1.0"
 
-# `import transformer2_nbdev` registers SVF with PEFT and brings in neither torch nor PEFT: where PEFT is loaded already it registers
-# at once, otherwise as soon as something imports PEFT. (nbdev_export rewrites the version line above and leaves the rest alone.)
-import importlib as _importlib, sys as _sys
+# Two things live here because every room may need them and neither brings in torch or PEFT: a progress bar, and SVF's registration
+# with PEFT. (nbdev_export rewrites the version line above and leaves the rest alone.)
+import functools as _functools, importlib as _importlib, io as _io, os as _os, sys as _sys, time as _time
 from importlib.abc import MetaPathFinder as _MetaPathFinder
 
+
+# A progress bar ------------------------------------------------------------------------------------------------------------------
+
+def progress_bar(iterable=None,
+                 *,
+                 total=None,      # how many steps there will be; None: the iterable's length
+                 desc=None,       # what is going on
+                 unit="it",       # what one step is
+                 delay=2,         # seconds before a bar appears, so that quick work shows none
+                 disable=False,
+                 **more):         # of tqdm: initial, leave, ...
+    "A tqdm bar with the time left where people look, one line a minute where no terminal is; $TQDM_DISABLE hides both"
+    from tqdm.auto import tqdm
+    people = getattr(_sys.stderr, "isatty", bool)() or "ipykernel" in _sys.modules
+    make = tqdm if people else _line_a_minute()
+    disable = bool(disable or _os.environ.get("TQDM_DISABLE"))
+    return make(iterable, total=total, desc=desc, unit=unit, delay=delay, disable=disable, **more)
+
+
+@_functools.cache
+def _line_a_minute():
+    "A tqdm that writes whole lines, at most one a minute, for log files"
+    from tqdm.std import tqdm
+
+    class LineAMinute(tqdm):
+        every = 60  # seconds
+
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs, file=_io.StringIO())  # what tqdm itself would draw goes nowhere
+
+        def display(self, msg=None, pos=None):
+            now = _time.time()
+            if msg == "" or now - getattr(self, "_said", getattr(self, "start_t", now)) < self.every: return
+            self._said = now
+            print(self._line(), file=_sys.stderr, flush=True)
+
+        def close(self):
+            if not self.disable and _time.time() - getattr(self, "start_t", _time.time()) >= self.every:
+                self._said = 0.0  # so that there is a last line
+            super().close()
+
+        def _line(self):
+            d = self.format_dict
+            done = f"{(d['prefix'] or 'progress').rstrip(': ')}: {d['n']}" + (f" of {d['total']}" if d["total"] else "") + f" {d['unit']}"
+            gone = self.format_interval(d["elapsed"])
+            if not (d["n"] > d["initial"] and d["total"]): return f"{done}, {gone} gone"
+            left = (d["total"] - d["n"]) * d["elapsed"] / (d["n"] - d["initial"])
+            return f"{done}, {gone} gone, {self.format_interval(left)} left" + (f", {d['postfix']}" if d["postfix"] else "")
+    return LineAMinute
+
+
+# Registration --------------------------------------------------------------------------------------------------------------------
+# Where PEFT is loaded already SVF is registered at once, otherwise as soon as something imports PEFT.
 
 class _WithPeft(_MetaPathFinder):
     "Finds nothing itself: what the other finders find for `peft` is made to import `adapter` after it has run."

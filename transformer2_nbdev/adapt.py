@@ -17,7 +17,7 @@ from typing import Callable
 import torch
 from peft import PeftModel
 from torch import nn
-from tqdm.auto import tqdm
+from . import progress_bar
 
 from .adapter import SvfConfig, check_name, svf_layers
 from .mixture import mixture
@@ -246,7 +246,7 @@ def second_pass(tp: TwoPass, prompts: list[str], weights: torch.Tensor, kwargs: 
     "Answer every prompt with its own row of weights"
     form, out, size = getattr(tp.strategy, "form", "delta"), [], tp.batch_size
     texts = [render(p, None, tp.tokenizer, tp.system) for p in prompts]
-    for i in tqdm(range(0, len(texts), size), desc="Second pass", delay=2, leave=False):
+    for i in progress_bar(range(0, len(texts), size), desc="Second pass", unit="batch", leave=False):
         some = slice(i, i + size)
         with mixture(tp.model, weights[some], tp.experts, form):
             out += complete(tp.model, tp.tokenizer, texts[some], tp.limit, **kwargs)

@@ -4,14 +4,14 @@
 
 # %% auto #0
 __all__ = ['LAB', 'wilson', 'mcnemar', 'bootstrap', 'item_id', 'items_digest', 'check_same_items', 'Paired', 'paired', 'Result',
-           'make_result', 'write_atomic', 'save', 'load', 'fingerprint', 'batches_of', 'batch_seed', 'mixed',
-           'answer_batch', 'check_settings', 'read_partial', 'settings_of', 'run_facts', 'versions', 'peak_memory',
-           'evaluate', 'plot_accuracy', 'plot_paired', 'student_t', 'Summary', 'summarise', 'base_name', 'licence_of',
-           'stated_licence', 'cached_folder', 'look_up', 'score_table', 'caution', 'load_lines', 'fact_lines',
-           'model_card']
+           'make_result', 'write_atomic', 'append_lines', 'save', 'is_part', 'sweep_up', 'check_writable', 'load',
+           'fingerprint', 'batches_of', 'batch_seed', 'mixed', 'answer_batch', 'check_settings', 'read_partial',
+           'settings_of', 'run_facts', 'versions', 'peak_memory', 'evaluate', 'plot_accuracy', 'plot_paired',
+           'student_t', 'Summary', 'summarise', 'hierarchical', 'base_name', 'licence_of', 'stated_licence',
+           'cached_folder', 'look_up', 'score_table', 'caution', 'load_lines', 'fact_lines', 'model_card']
 
 # %% ../nbs/08_evaluate.ipynb #6c58ccff
-import hashlib, json, math, os, platform, random, re, shlex, sys, time
+import hashlib, json, math, os, platform, random, re, shlex, shutil, sys, time
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
@@ -21,7 +21,7 @@ from statistics import NormalDist, mean, stdev
 
 import numpy as np
 import torch
-from tqdm.auto import tqdm
+from . import progress_bar
 
 import transformer2_nbdev
 from .rollout import inner, rollout
@@ -123,14 +123,28 @@ def make_result(items: list[dict], settings: dict, run: dict = None) -> Result:
     return Result(k / n, *wilson(k, n), n, k, mean(i["score"] for i in items), items_digest(items), items, settings, run or {})
 
 # %% ../nbs/08_evaluate.ipynb #d6e934c2
-def write_atomic(path: Path, text: str) -> None:
+def write_atomic(path: Path, content: str | bytes) -> None:
     "Write a file so that no reader ever sees half of it."
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{os.getpid()}")
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        with open(part, "w", encoding="utf-8", newline="\n") as f: f.write(text); f.flush(); os.fsync(f.fileno())
+        with open(part, "wb") as f:
+            f.write(content.encode() if isinstance(content, str) else content)
+            f.flush()
+            os.fsync(f.fileno())
         os.replace(part, path)
     finally: part.unlink(missing_ok=True)
+
+def append_lines(path: Path, text: str) -> None:
+    "Add whole lines to a file, all the way to the disk; none of them where it is full."
+    with open(path, "ab", buffering=0) as f:
+        before, rest = f.tell(), text.encode()
+        try:
+            while rest: rest = rest[f.write(rest):]
+            os.fsync(f.fileno())
+        except OSError:
+            f.truncate(before)
+            raise
 
 def _lines(items: list[dict]) -> str: return "".join(json.dumps(i, ensure_ascii=False) + "\n" for i in items)
 
@@ -138,6 +152,24 @@ def save(result: Result, out: str | Path) -> None:
     "Write items.jsonl and, last, result.json: where that exists, the evaluation is complete."
     write_atomic(Path(out) / "items.jsonl", _lines(result.items))
     write_atomic(Path(out) / "result.json", json.dumps(result.to_json(), indent=1, ensure_ascii=False) + "\n")
+
+# %% ../nbs/08_evaluate.ipynb #855e93e2
+def is_part(path: Path) -> bool:
+    "Whether a file or folder is what a killed process left of a write."
+    return path.name.startswith(".") and path.name.endswith(".part")
+
+def sweep_up(folder: Path) -> None:
+    "Remove what killed processes left behind."
+    for p in filter(is_part, folder.iterdir() if folder.is_dir() else ()):
+        if p.is_dir(): shutil.rmtree(p)
+        else: p.unlink(missing_ok=True)
+
+def check_writable(out: Path) -> None: # raises OSError that says why
+    "Refuse a folder that cannot be made or written to, before any work is done for it."
+    there = next(p for p in (out, *out.absolute().parents) if p.exists())
+    if not there.is_dir(): raise NotADirectoryError(f"{out} cannot be a folder: {there} is a file")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise PermissionError(f"{out} cannot be written: {there} is read-only for this user")
 
 # %% ../nbs/08_evaluate.ipynb #68375887
 def load(out: str | Path) -> Result:
@@ -224,8 +256,8 @@ def read_partial(out: Path, settings: dict, batches: list[list[int]]) -> dict: #
     return {j: done[j] for j in whole}
 
 def _append(out: Path, rows: list[dict]) -> None:
-    "Add a batch to the partial file, all the way to the disk."
-    with open(out / "items.partial.jsonl", "a", encoding="utf-8", newline="\n") as f: f.write(_lines(rows)); f.flush(); os.fsync(f.fileno())
+    "Add a batch to the partial file."
+    append_lines(out / "items.partial.jsonl", _lines(rows))
 
 # %% ../nbs/08_evaluate.ipynb #52a1be4d
 def settings_of(model, tokenizer, task, prompts, strategy, split, batch_size, temperature, top_p, top_k, seed, max_new_tokens) -> dict: # JSON-ready
@@ -295,17 +327,21 @@ def _begin(out, settings: dict, batches: list[list[int]], overwrite: bool) -> tu
     "What the output folder already knows."
     if out is None: return None, {}
     out = Path(out)
+    check_writable(out)
+    sweep_up(out)
     if overwrite:
         for name in ("result.json", "items.jsonl", "items.partial.jsonl"): (out / name).unlink(missing_ok=True)
     if (out / "result.json").is_file():
         result = load(out)
         check_settings(result.settings, settings, out)
+        (out / "items.partial.jsonl").unlink(missing_ok=True)    # killed just before this line
         return result, {}
     return None, read_partial(out, settings, batches)
 
 def _asked(model, tokenizer, task, examples, batches, done, seed, ask, progress):
     "Answer the batches that are missing, under a bar with the accuracy so far; fills `done`, yields the rows of each batch."
-    with tqdm(total=len(examples), initial=len(done), unit="question", desc=task.name, disable=not progress) as bar:
+    with progress_bar(total=len(examples), initial=len(done), unit="question", desc=task.name,
+                      disable=not progress) as bar:
         for b, batch in enumerate(batches):
             if all(i in done for i in batch): continue
             items = answer_batch(model, tokenizer, task, [examples[i] for i in batch], seed=batch_seed(seed, b), **ask)
@@ -380,7 +416,33 @@ def summarise(results: list,                # Results over the same questions, o
     half = student_t(confidence, len(accs) - 1) * stdev(accs) / math.sqrt(len(accs))
     return Summary(mean(accs), stdev(accs), max(mean(accs) - half, 0.), min(mean(accs) + half, 1.), accs, results[0].n)
 
-# %% ../nbs/08_evaluate.ipynb #17ffae0f
+# %% ../nbs/08_evaluate.ipynb #2762283b
+def hierarchical(runs: dict,           # {method: S rows of n right or wrong, one row for each seed}
+                 against: str,         # the method that all others are compared with
+                 confidence: float = .95, resamples: int = 10_000, seed: int = 0
+                ) -> dict:             # {method: Paired}; gained and lost are sums over seeds
+    "Methods x seeds x the same questions: differences that hold for other seeds and other questions"
+    X = {m: np.array(rows, dtype=np.float32) for m, rows in runs.items()}
+    if against not in X: raise ValueError(f"no method {against!r}: there are {', '.join(X)}")
+    S, n = X[against].shape if X[against].ndim == 2 else (0, 0)
+    if odd := [m for m, x in X.items() if x.shape != (S, n)]:
+        raise ValueError(f"{odd[0]!r} has shape {X[odd[0]].shape}: expected {S} seeds x {n} questions")
+    if S < 2: raise ValueError("a spread needs at least two seeds: one run has none")
+    rng = np.random.default_rng(seed)
+    w = rng.multinomial(S, [1 / S] * S, resamples).astype(np.float32) / S
+    v = rng.multinomial(n, [1 / n] * n, resamples).astype(np.float32) / n
+    ends = [(1 - confidence) / 2, (1 + confidence) / 2]
+    def versus(D): # (S, n) in -1, 0, 1
+        rows = v @ D.T                                           # (resamples, S)
+        middle = rows.mean(1, keepdims=True)
+        d = middle[:, 0] + ((S / (S - 1)) ** .5 * w * (rows - middle)).sum(1)
+        wrong = min((d <= 0).mean(), (d >= 0).mean())
+        p = min(1., 2 * max(float(wrong), 1 / resamples))
+        low, high = map(float, np.quantile(d, ends))
+        return Paired(float(D.mean()), low, high, p, n, int((D > 0).sum()), int((D < 0).sum()))
+    return {m: versus(x - X[against]) for m, x in X.items() if m != against}
+
+# %% ../nbs/08_evaluate.ipynb #6699db54
 LAB = Path(transformer2_nbdev.__file__).resolve().parent / "data" / "lab"
 
 def base_name(model: torch.nn.Module) -> str | None: # hub id, folder or "lab:A"; None: it has none
@@ -415,7 +477,7 @@ def cached_folder(name: str) -> Path | None:
     except ValueError: return None               # no hub id
     return Path(file).parent if isinstance(file, str) else None
 
-# %% ../nbs/08_evaluate.ipynb #d6aed366
+# %% ../nbs/08_evaluate.ipynb #f3ea1132
 def look_up(record: dict, *keys): # None where any of them is missing
     "A value deep inside a record"
     for k in keys: record = record.get(k) if isinstance(record, dict) else None
@@ -423,12 +485,12 @@ def look_up(record: dict, *keys): # None where any of them is missing
 
 def score_table(record: dict) -> list[str]: # lines; [] where nothing was measured
     "Before and after, with 95% intervals"
-    n, step = look_up(record, "n"), look_up(record, "training", "best_step")
-    steps, rows = look_up(record, "training", "steps"), {}
+    n, rows = look_up(record, "n"), {}
+    step, steps = (look_up(record, "training", k) for k in ("best_step", "steps"))
     if (acc := look_up(record, "training", "before", "val_accuracy")) is not None and n:
         rows["the base, before training"] = round(acc * n)
     if (k := look_up(record, "correct")) is not None and n:
-        rows["this expert" + (f", step {step} of {steps}" if step is not None else "")] = k
+        rows["this expert" + (f", step {step} of {steps}" if None not in (step, steps) else "")] = k
     lines = [f"| {who} | {100 * k / n:.1f}% | {k} | {100 * wilson(k, n)[0]:.1f}% to "
              f"{100 * wilson(k, n)[1]:.1f}% |" for who, k in rows.items()]
     return ["| | right | of " + str(n) + " | 95% interval |", "|---|---|---|---|", *lines] if lines else []
@@ -444,12 +506,12 @@ def caution(record: dict) -> str:
                                             "several times: the true intervals are wider.")
     return said
 
-# %% ../nbs/08_evaluate.ipynb #6486d423
+# %% ../nbs/08_evaluate.ipynb #3294c263
 def load_lines(record: dict) -> list[str]: # of Python, to be run in the expert's folder
     "How to load an expert onto its base"
     name = look_up(record, "base") or "THE BASE"
     ours = look_up(record, "training", "method") in ("SVF", None)    # its import registers SVF
-    lines = ["import peft" + (", transformer2_nbdev.adapter" if ours else "")]
+    lines = ["import peft" + (", transformer2_nbdev" if ours else "")]
     if name.startswith("lab:"):
         lines += ["from transformer2_nbdev import lab",
                   f"base, tokenizer, tasks = lab.load({name[4:]!r})"]
@@ -472,7 +534,7 @@ def fact_lines(record: dict) -> list[str]:
              "settings": ", ".join(f"{k} {v}" for k, v in settings.items()), "versions": versions}
     return [f"- {k}: {v}" for k, v in facts.items() if v not in (None, "")]
 
-# %% ../nbs/08_evaluate.ipynb #c168cd86
+# %% ../nbs/08_evaluate.ipynb #d47f702f
 def model_card(record: dict # the content of result.json; whatever it lacks is left out
               ) -> str:     # a README.md
     "The card of a trained expert"

@@ -6,19 +6,20 @@
 __all__ = ['OFFICIAL_SEARCH', 'OFFICIAL', 'draw', 'refit', 'best_first', 'Search', 'Found', 'cem', 'opening', 'beats', 'stop',
            'score_all', 'check_search', 'show_search', 'draw_shots', 'Shots', 'shots_of', 'check_shots', 'Marks',
            'mark', 'mark_rows', 'read_answers', 'judged', 'token_means', 'few_shot_scores', 'n_blocks', 'shape_of',
-           'alphas', 'corners', 'variants', 'FewShot', 'show_progress', 'Strength', 'folds', 'held_back', 'select',
-           'curve', 'shares', 'show_alphas']
+           'alphas', 'corners', 'variants', 'FewShot', 'show_progress', 'strengths', 'evens', 'random_mixtures',
+           'BestOf', 'Strength', 'in_context', 'bare', 'answer_turn', 'folds', 'held_back', 'select', 'curve', 'shares',
+           'show_alphas']
 
 # %% ../nbs/13_fewshot.ipynb #78970020
 import math
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import torch
 from torch import nn
-from tqdm.auto import tqdm
+from . import progress_bar
 
 from .adapter import block_index, svf_layers
 from .mixture import mixture
@@ -99,8 +100,10 @@ def cem(objective: Callable,         # (P, dim) -> (P,) or (P, C) scores, greate
     s, rng, history, best, since = Search(**settings), torch.Generator(), [], None, 0
     rng.manual_seed(s.seed)
     mean, std = opening(s, dim)
-    for g in (bar := tqdm(range(s.generations), desc="CEM", disable=not progress, leave=False)):
-        x = draw(mean, std, s.population, s.bounds, rng, best[0] if best and s.first == "best" else None)
+    for g in (bar := progress_bar(range(s.generations), desc="CEM", unit="generation",
+                                  disable=not progress, leave=False)):
+        first = best[0] if best and s.first == "best" else None
+        x = draw(mean, std, s.population, s.bounds, rng, first)
         if g == 0 and start is not None: x = torch.cat([x, torch.as_tensor(start, dtype=x.dtype)])
         scores = score_all(objective, x, g)
         elites = best_first(scores[:, :s.rank_by])[:max(2, round(s.elite * s.population))]
@@ -405,23 +408,71 @@ def show_progress(found: Found, axes=None): # two matplotlib axes; None makes ne
     axes[1].set(xlabel="generation", ylabel="std of each weight", ylim=(0, None))
     return axes
 
+# %% ../nbs/13_fewshot.ipynb #41c7d0e2
+def strengths(K: int, scales: list[float] = None # None: 0, 0.1, ..., 2; [1.]: as they are
+             ) -> torch.Tensor:                  # (K S, K)
+    "Each expert alone, at each strength"
+    s = torch.linspace(0, 2, 21) if scales is None else torch.tensor(scales, dtype=torch.float32)
+    return (torch.eye(K)[:, None] * s[:, None]).flatten(0, 1)
+
+def evens(K: int, scales: list[float] = None # None: 0.1, 0.2, ..., 1
+         ) -> torch.Tensor:                  # (S, K)
+    "All experts alike, at each strength"
+    s = torch.linspace(.1, 1, 10) if scales is None else torch.tensor(scales, dtype=torch.float32)
+    return s[:, None].expand(-1, K).clone()
+
+def random_mixtures(K: int, n: int, bounds: tuple = (0., 1.), seed: int = 0) -> torch.Tensor: # (n, K)
+    "Mixtures drawn evenly between the bounds"
+    low, high = bounds
+    return low + (high - low) * torch.rand(n, K, generator=torch.Generator().manual_seed(seed))
+
 # %% ../nbs/13_fewshot.ipynb #8e6ceba2
-class Strength:
-    "The control: one single expert, scaled by s, both chosen on the same shots"
+class BestOf:
+    "The best of a list of mixtures on the shots; of equals the first"
+    def __init__(self, model: nn.Module, tokenizer, task: Task, shots: "list[dict] | Shots",
+                 tried: torch.Tensor,            # (P, K) or (P, L, K)
+                 experts: list[str] = None, form: str = "delta",
+                 tie: str = "gold", max_new_tokens: int = None, batch_size: int = 512): # of `Shots`
+        self.experts, self.form, self.tried = check_experts(model, experts), form, tried
+        self.shots = shots_of(model, tokenizer, task, shots, tie, max_new_tokens, batch_size)
+        self.answer_tokens = self.shots.max_new_tokens
+        self.scores = few_shot_scores(mark(self.shots, tried, self.experts, form), self.shots.tie)
+        self.weights = tried[best_first(self.scores)[0]]
+
+    def __call__(self, prompts: list[str]) -> torch.Tensor: # (B, K) or (B, L, K), rows all alike
+        return self.weights.expand(len(prompts), *self.weights.shape)
+
+class Strength(BestOf):
+    "The best single expert at its best strength, both chosen on the shots"
     def __init__(self, model: nn.Module, tokenizer, task: Task, shots: "list[dict] | Shots",
                  experts: list[str] = None,
-                 scales: list[float] = None,     # s to try; None: 0, 0.1, ..., 2; [1.]: the best expert
-                 tie: str = "gold", max_new_tokens: int = None, batch_size: int = 512): # of `Shots`
-        self.experts, self.form = check_experts(model, experts), "delta"
-        self.shots = shots_of(model, tokenizer, task, shots, tie, max_new_tokens, batch_size)
-        s = torch.linspace(0, 2, 21) if scales is None else torch.tensor(scales, dtype=torch.float32)
-        self.answer_tokens = self.shots.max_new_tokens
-        self.tried = (torch.eye(len(self.experts))[:, None] * s[:, None]).flatten(0, 1) # (K S, K)
-        self.scores = few_shot_scores(mark(self.shots, self.tried, self.experts), self.shots.tie)
-        self.weights = self.tried[best_first(self.scores)[0]]
+                 scales: list[float] = None,     # of `strengths`
+                 **settings):                    # of `BestOf`
+        experts = check_experts(model, experts)
+        tried = strengths(len(experts), scales)
+        super().__init__(model, tokenizer, task, shots, tried, experts, **settings)
 
-    def __call__(self, prompts: list[str]) -> torch.Tensor: # (B, K)
-        return self.weights.expand(len(prompts), -1)
+# %% ../nbs/13_fewshot.ipynb #7f20c3d9
+def in_context(task: Task, shots: list[dict],
+               between: str = "\n\n",     # after each solved example
+               after: str = " "           # between an example's prompt and its answer
+              ) -> Task:                  # its prompts begin with the shots
+    "Few-shot prompting: the solved examples stand in front of every question"
+    check_shots(task, shots, "gold")
+    def shown(e):
+        prompt = task.prompt(e)
+        if isinstance(prompt, str):
+            said = (f"{task.prompt(s)}{after}{task.answer(s)}{between}" for s in shots)
+            return "".join(said) + prompt
+        first = prompt[:1] if prompt[0]["role"] == "system" else []
+        turns = [m for s in shots for m in (*bare(task.prompt(s)), answer_turn(task, s))]
+        return [*first, *turns, *bare(prompt)]
+    return replace(task, prompt=shown)
+
+def bare(messages: list[dict]) -> list[dict]: return [m for m in messages if m["role"] != "system"]
+
+def answer_turn(task: Task, example: dict) -> dict:
+    return dict(role="assistant", content=task.answer(example))
 
 # %% ../nbs/13_fewshot.ipynb #ebd3aba2
 def folds(n: int, k: int, seed: int = 0) -> list[list[int]]: # k disjoint lists of shot numbers

@@ -316,8 +316,8 @@ BASES = {"A": Recipe(1, 101), "A-sibling": Recipe(1, 102), "A-control": Recipe(1
 # %% ../nbs/06_lab.ipynb #5f219961
 def _watch(losses, steps, phase):
     "The losses as a list, under a progress bar."
-    from tqdm.auto import tqdm
-    bar, seen = tqdm(losses, total=steps, desc=phase, mininterval=2.), []
+    from transformer2_nbdev import progress_bar
+    bar, seen = progress_bar(losses, total=steps, desc=phase, unit="step", mininterval=2.), []
     for loss in bar: seen.append(loss); bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
     return seen
 

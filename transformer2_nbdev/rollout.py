@@ -19,7 +19,7 @@ from typing import Iterator
 import torch
 from torch import nn
 from torch.nn.functional import pad
-from tqdm.auto import tqdm
+from . import progress_bar
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from .tasks import Task, judge_all, render
@@ -85,7 +85,12 @@ def _ids_of(tokenizer, prompt, i):
 
 # %% ../nbs/07_rollout.ipynb #7c0efbed
 def check_room(rows: list[list[int]], max_new_tokens: int, model: nn.Module) -> None:
-    "Refuse prompts that leave no room for `max_new_tokens` inside the model's context."
+    "Refuse prompts that leave no room for `max_new_tokens` inside the model's context, or hold tokens it does not know."
+    known = inner(model).get_input_embeddings().num_embeddings
+    i = max(range(len(rows)), key=lambda i: max(rows[i]))
+    if max(rows[i]) >= known:
+        raise ValueError(f"prompt {i} holds token {max(rows[i])}, but the model knows {known} tokens: "
+                         "its tokenizer belongs to another model")
     room = getattr(inner(model).config.get_text_config(), "max_position_embeddings", None)
     i = max(range(len(rows)), key=lambda i: len(rows[i]))
     if room and len(rows[i]) + max_new_tokens > room:
@@ -249,7 +254,7 @@ def generate(model: nn.Module,          # any causal LM of transformers, plain o
 def _batches(model, rows, order, batch_size, config, progress):
     "Sample batch after batch, under a bar that counts prompts and tokens."
     tokens = 0
-    with tqdm(total=len(rows), unit="prompt", desc="rollout", disable=not progress) as bar:
+    with progress_bar(total=len(rows), unit="prompt", desc="rollout", disable=not progress) as bar:
         for i in range(0, len(rows), batch_size):
             part = sample_batch(model, [rows[j] for j in order[i:i + batch_size]], config)
             tokens += int(part["kept"].sum())
@@ -314,7 +319,8 @@ def judge(task: Task, texts: list[str], examples: list, workers: int = None) -> 
 def _checked(task, completion, example):
     "A verdict with a finite reward, or a ValueError that names task and completion."
     try: verdict = task.judge(completion, example)
-    except Exception as e: raise ValueError(f"task {task.name!r}: judging {completion[:60]!r} failed: {type(e).__name__}: {e}") from e
+    except (Exception, SystemExit) as e:     # a reward that calls exit() must not end the run as if all were well
+        raise ValueError(f"task {task.name!r}: judging {completion[:60]!r} failed: {type(e).__name__}: {e}") from e
     if not math.isfinite(verdict.reward): raise ValueError(f"task {task.name!r}: judging {completion[:60]!r} gave the reward {verdict.reward}")
     return verdict
 

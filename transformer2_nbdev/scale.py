@@ -6,26 +6,35 @@
 __all__ = ['Change', 'change_of', 'factors', 'Left', 'left_out', 'short_names', 'lora_config', 'whole_folder', 'Lora',
            'check_export', 'padded', 'to_lora', 'at_rank', 'kl_at', 'base_tensors', 'check_merge', 'save_merged']
 
-# %% ../nbs/22_scale.ipynb #cdcf4793
-import os, shutil, uuid
+# %% ../nbs/22_scale.ipynb #67600c64
+import copy, json, os, shutil, uuid, weakref
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from importlib.resources import files
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model_state_dict
+import torch.nn.functional as F
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer, onload_layer
 from peft.utils import resolve_quantization_backend
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+from torch.utils.flop_counter import flop_registry
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 from transformers.pytorch_utils import Conv1D
 
-from .adapter import SvfConfig, SvfLayer, knobs, svf_layers, weight_of
-from .reinforce import kl_per_token
-from .rollout import encode, inner, pad_left, vocab_logprobs
+from .adapter import (SvfConfig, SvfLayer, offset, resolve_targets, rows_in_place,
+                                        svf_layers, weight_of)
+from .fused import enter_step, leave_step
+from .reinforce import kl_per_token, policy_loss
+from .rollout import Rollouts, encode, inner, pad_left, vocab_logprobs
+from .svf import linear_shapes, n_params
 
-# %% ../nbs/22_scale.ipynb #5c1d9843
+# %% ../nbs/22_scale.ipynb #2807bd38
 class Change(NamedTuple):
     "W' - W of one matrix: one rank-one term for every z that left 1, the largest first"
     d: torch.Tensor      # (k,) z - 1
@@ -35,7 +44,7 @@ class Change(NamedTuple):
 @torch.no_grad()
 def change_of(layer: SvfLayer, adapter: str) -> Change:
     "The terms of an adapter's change to one matrix"
-    d = knobs(layer, adapter) - 1
+    d = offset(layer, adapter)
     size = d.abs() * layer.svf_S[: len(d)]
     order = size.argsort(descending=True, stable=True)
     order = order[size[order] > 0]
@@ -52,7 +61,7 @@ def factors(layer: SvfLayer, c: Change) -> tuple[torch.Tensor, torch.Tensor]: # 
     if layer.side == "left": return other[:, None] * (Q.T @ W), Q * one
     return one[:, None] * Q.T, (W @ Q) * other
 
-# %% ../nbs/22_scale.ipynb #96d589ab
+# %% ../nbs/22_scale.ipynb #b3d79d3b
 class Left(NamedTuple):
     "What the LoRA of one matrix leaves out"
     changed: int     # z that left 1: the rank an exact LoRA needs
@@ -68,7 +77,7 @@ def left_out(c: Change, rank: int) -> Left:
     error, norm = (float(s.double().square().sum().sqrt()) for s in (c.size[rank:], c.size))
     return Left(len(c.size), min(rank, len(c.size)), error, norm)
 
-# %% ../nbs/22_scale.ipynb #982b1a8c
+# %% ../nbs/22_scale.ipynb #37e2289d
 def short_names(model: nn.Module, names: list[str]) -> list[str]: # names: module names in the base
     "Suffixes that mean exactly these modules, or the names themselves"
     ends = {n.rsplit(".", 1)[-1] for n in names}
@@ -85,7 +94,7 @@ def lora_config(model: PeftModel, adapter: str, names: list[str], rank: int) -> 
                       task_type=cfg.task_type, inference_mode=True,
                       base_model_name_or_path=cfg.base_model_name_or_path)
 
-# %% ../nbs/22_scale.ipynb #72dedc2e
+# %% ../nbs/22_scale.ipynb #7ab4b689
 @contextmanager
 def whole_folder(folder: str | Path) -> Iterator[Path]:
     "Write a folder under another name and rename it: it is there in full, or not at all"
@@ -121,7 +130,7 @@ class Lora:
             save_file({k: t.cpu().contiguous() for k, t in self.tensors.items()},
                       part / "adapter_model.safetensors", metadata=dict(format="pt"))
 
-# %% ../nbs/22_scale.ipynb #c17c71c3
+# %% ../nbs/22_scale.ipynb #74365f78
 def check_export(model: nn.Module, adapter: str) -> dict[str, SvfLayer]: # the layers this adapter is on
     "Everything that can be wrong before an expert leaves, said in one line each"
     known = getattr(model, "peft_config", {})
@@ -130,7 +139,7 @@ def check_export(model: nn.Module, adapter: str) -> dict[str, SvfLayer]: # the l
     kind = getattr(known[adapter].peft_type, "value", known[adapter].peft_type)
     if not isinstance(known[adapter], SvfConfig):
         raise ValueError(f"adapter {adapter!r} is {kind}, not SVF: export it merged")
-    layers = {n: l for n, l in svf_layers(model).items() if adapter in l.svf_z}
+    layers = {n: l for n, l in svf_layers(model).items() if adapter in l.svf_d}
     if any(l._step is not None for l in layers.values()):
         raise ValueError("an expert cannot be exported inside a fused step: leave it first")
     return layers
@@ -162,21 +171,18 @@ def to_lora(model: PeftModel,             # a base with an SVF adapter on it
     left = {n: left_out(c, r) for n, c in changes.items()}
     return Lora(lora_config(model, adapter, list(changes), r), tensors, left)
 
-# %% ../nbs/22_scale.ipynb #58ba971e
+# %% ../nbs/22_scale.ipynb #4c5a140d
 @contextmanager
 def at_rank(model: PeftModel, rank: int, adapter: str = "default") -> Iterator[PeftModel]:
     "Inside, the model answers as its expert's best LoRA of this rank would"
-    layers = check_export(model, adapter)
-    before = {n: l._mix for n, l in layers.items()}
-    try:
-        for n, l in layers.items():
-            c, d = change_of(l, adapter), torch.zeros_like(knobs(l, adapter))
-            l._mix = d.detach().index_copy(0, c.index[:rank], c.d[:rank])
-        yield model
-    finally:
-        for n, l in layers.items(): l._mix = before[n]
+    layers = svf_layers(model)
+    rows = {n: layers[n].svf_S.new_zeros(1) for n in layers}
+    for n, l in check_export(model, adapter).items():
+        c, d = change_of(l, adapter), torch.zeros_like(offset(l, adapter)).detach()
+        rows[n] = d.index_copy(0, c.index[:rank], c.d[:rank])
+    with rows_in_place(layers, rows): yield model
 
-# %% ../nbs/22_scale.ipynb #c6974453
+# %% ../nbs/22_scale.ipynb #105cf846
 @torch.no_grad()
 def kl_at(model: PeftModel, tokenizer,
           prompts: list,            # texts
@@ -195,7 +201,7 @@ def kl_at(model: PeftModel, tokenizer,
             total[r] += float(kl_per_token(whole, part)[kept].double().sum())
     return {r: t / max(count, 1) for r, t in total.items()}
 
-# %% ../nbs/22_scale.ipynb #9290b078
+# %% ../nbs/22_scale.ipynb #2032df1a
 def base_tensors(model: PeftModel, adapter: str = "default") -> dict[str, torch.Tensor]:
     "The state of the base under the base's own names, as its layers stand now"
     prefix, found = model.base_model.prefix, {}
@@ -215,7 +221,7 @@ def check_merge(model: nn.Module, adapter: str) -> None:
     if getattr(inner(model), "hf_quantizer", None) or any(resolve_quantization_backend(l.get_base_layer()) for l in layers):
         raise ValueError("the base is quantised, and its weights cannot be replaced: load it unquantised, or export a LoRA")
 
-# %% ../nbs/22_scale.ipynb #a10219d7
+# %% ../nbs/22_scale.ipynb #11c1439e
 def save_merged(model: PeftModel,           # a transformers model with any adapter that PEFT can merge
                 folder: str | Path,         # new, or empty
                 tokenizer=None,             # saved beside it
