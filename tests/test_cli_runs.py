@@ -76,6 +76,7 @@ def child(args, log, uid=None):
     os.dup2(out, 1)
     os.dup2(err, 2)
     os.setsid()
+    signal.signal(signal.SIGINT, signal.default_int_handler)    # a shell that started us in the background has it ignored
     if uid is not None: os.setgroups([]); os.setgid(uid); os.setuid(uid)
     torch.set_num_threads(1)
     import sys
