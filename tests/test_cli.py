@@ -488,6 +488,18 @@ SWEEPS = {
 }
 
 
+@pytest.mark.parametrize("split, n", [("test", 1), ("train", 8), ("all", 10)])
+def test_an_evaluation_of_own_prompts_takes_the_part_it_is_told(world, tmp_path, split, n):
+    own = ["--prompts", world / "rows.jsonl", "--reward", f"{world}/reward.py:dog"]
+    args = ["eval", "--model", world / "model", *own, "--max-new-tokens", 4, "--split", split]
+    r = call([*args, "--out", tmp_path / "x"])
+    assert r.exit_code == 0 and f"n = {n}, seed 0" in r.stdout, r.stderr
+    items = (tmp_path / "x" / "items.jsonl").read_text().splitlines()
+    assert len({json.loads(l)["prompt"] for l in items}) == n
+    r = call([*args[:-1], "tset"])
+    assert r.exit_code == 2 and "no rows for split 'tset'" in r.stderr
+
+
 @pytest.mark.parametrize("name", SWEEPS)
 def test_a_sweep_that_cannot_be_is_one_line(tmp_path, name):
     more, kw, message = SWEEPS[name]

@@ -287,7 +287,7 @@ def setting_params(cls: type) -> list: # of click
     made, names = typer.main.get_command(small).params, {f.name for f in fields(cls)}
     return [p for p in made if p.name in names]
 
-# %% ../nbs/24_cli.ipynb #9f14af80
+# %% ../nbs/24_cli.ipynb #908c8c82
 class WithSettings(Grouped):
     "A command with an option for every setting of a training run; it finds them in ctx.meta"
     def get_params(self, ctx):
@@ -561,7 +561,7 @@ Expert = Annotated[str, option("adapter folder to put on the model", MODEL)]
 Answers = Annotated[str, option("folder for result.json and items.jsonl; an interrupted evaluation "
                                 "in it is resumed", RUN)]
 Limit = Annotated[int, option("only the first questions", ASKED)]
-Split = Annotated[str, option("train, validation or test", ASKED)]
+Split = Annotated[str, option("train, validation, test, or all of a file of prompts", ASKED)]
 
 @app.command(name="eval", cls=Grouped)
 @told()
