@@ -251,8 +251,9 @@ def from_files(prompts: "str | Path",    # .txt, one prompt a line; .jsonl with 
 def _own_split(rows, split, source):
     "Rows marked with `split`; unmarked ones go 8 : 1 : 1, and fewer than ten serve every split."
     part = lambda i: {8: "validation", 9: "test"}.get(i % 10, "train")
+    if split == "all": return list(rows)
     if any("split" in r for r in rows): out = [r for r in rows if r.get("split") == split]
-    elif len(rows) < 10: out = list(rows)
+    elif len(rows) < 10: out = list(rows) if split in ("train", "validation", "test") else []
     else: out = [r for i, r in enumerate(rows) if part(i) == split]
     if not out: raise ValueError(f"{source}: no rows for split {split!r}")
     return out
