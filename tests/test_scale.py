@@ -1,5 +1,6 @@
 """Experts that leave the house: as a LoRA, exact where it can be, and as one ordinary model folder, whole or not at all."""
 import json, os, re
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,9 +11,10 @@ from torch import nn
 from transformers import (AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, Qwen2Config,
                           Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM)
 
-from transformer2_nbdev.adapter import SvfConfig, knobs, svf_layers
+from transformer2_nbdev.adapter import SvfConfig, knobs, svf_layers, zs
 from transformer2_nbdev.scale import at_rank, base_tensors, change_of, kl_at, left_out, save_merged, to_lora
 
+ROOT = Path(__file__).resolve().parent.parent
 SMALL = dict(vocab_size=40, hidden_size=24, intermediate_size=36, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
              initializer_range=.3, max_position_embeddings=64)
 
@@ -318,3 +320,51 @@ def test_folders_in_use_are_left_alone(tmp_path):
     assert (tmp_path / "empty" / "adapter_config.json").is_file()
     expert.merge_adapter()
     with pytest.raises(ValueError, match="merged already"): save_merged(expert, tmp_path / "y")
+
+
+# --- TRL
+
+def streamed(model):
+    "What TRL's walk sends to vLLM, copied as it passes"
+    generation = pytest.importorskip("trl.generation.vllm_generation")
+    walker = object.__new__(generation.VLLMGeneration)
+    walker.model, walker.accelerator, walker._dist = model, None, generation.DistributedBackend(Plain())
+    return {n: t.clone() for n, t in walker._iter_named_params()}
+
+
+class Plain:
+    "An accelerator without plugins"
+    class state: deepspeed_plugin = fsdp_plugin = None
+
+
+@pytest.mark.parametrize("kind", MAKERS)
+def test_trls_walk_streams_the_base_with_w_prime_in_place_of_w(kind):
+    expert = expert_of(base_of(kind))
+    before = {n: t.clone() for n, t in base_tensors(expert).items()}
+    sent, plain = streamed(expert), base_of(kind)
+    assert set(sent) == {n for n, _ in plain.named_parameters()}                         # exactly the base's names
+    plain.load_state_dict(sent, strict=False)
+    assert off(logits(plain), logits(expert)) < 1e-5                                     # against the additive form
+    assert all(torch.equal(t, before[n]) for n, t in base_tensors(expert).items())       # the base is back, bit for bit
+    expert.merge_adapter()
+    assert off(logits(plain), logits(expert)) == 0
+    expert.unmerge_adapter()
+
+
+def test_trls_walk_on_weights_of_a_natural_size():
+    def base(): torch.manual_seed(5); return llama(initializer_range=.02).eval()
+    expert, plain = expert_of(base()), base()
+    plain.load_state_dict(streamed(expert), strict=False)
+    assert float((logits(plain) - logits(expert)).abs().max()) < 2e-7
+
+
+def test_the_trl_example_runs_and_leaves_an_expert(tmp_path):
+    pytest.importorskip("trl")
+    import importlib.util
+    spec = importlib.util.spec_from_file_location("grpo_svf", ROOT / "examples" / "grpo_svf.py")
+    example = importlib.util.module_from_spec(spec); spec.loader.exec_module(example)
+    words = f"--model lab:A --task lab:math --steps 2 --lr 1e-2 --group 8 --batch 32 --accumulate 1 --new 8 --limit 64 --out {tmp_path / 'x'}".split()
+    trainer = example.train(example.options(words))
+    assert len([m for m in trainer.state.log_history if "reward" in m]) == 2
+    expert = PeftModel.from_pretrained(__import__("transformer2_nbdev.lab").lab.load("A")[0], tmp_path / "x")
+    assert expert.peft_config["default"].peft_type == "SVF" and any(bool((z != 1).any()) for z in zs(expert).values())
