@@ -41,6 +41,14 @@ def test_compile():
     torch.testing.assert_close(torch.compile(m, backend="aot_eager")(IDS).logits, y, rtol=1e-4, atol=1e-5)
 
 
+def test_a_layer_compiles_in_one_graph():
+    m = turned(get_peft_model(llama(), SvfConfig()))
+    layer = next(iter(svf_layers(m).values()))
+    x = torch.randn(4, layer.in_features, generator=torch.Generator().manual_seed(0))
+    y = torch.compile(layer, backend="eager", fullgraph=True)(x)
+    torch.testing.assert_close(y, layer(x))
+
+
 def test_low_cpu_mem_usage(tmp_path):
     m = turned(get_peft_model(llama(), SvfConfig()))
     m.save_pretrained(tmp_path)

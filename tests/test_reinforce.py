@@ -209,7 +209,7 @@ def test_a_folder_is_never_taken_over(tmp_path):
     with pytest.raises(ValueError, match="is not a state that this package wrote"): train(tmp_path / "x", True, steps=1)
 
 
-@pytest.mark.parametrize("kw", [dict(advantage="best"), dict(lr=0), dict(lr=math.nan), dict(steps=0), dict(batch_size=30, samples=4), dict(advantage="group"), dict(top_p=1.5),
+@pytest.mark.parametrize("kw", [dict(advantage="best"), dict(lr=0), dict(lr=math.nan), dict(lr="fast"), dict(step_kl=0), dict(steps=0), dict(batch_size=30, samples=4), dict(advantage="group"), dict(top_p=1.5),
                                 dict(val_samples=2, temperature=0), dict(val_temperature=-1), dict(patience=0), dict(kl=-1)], ids=str)
 def test_a_config_that_means_nothing_is_refused(kw):
     with pytest.raises(ValueError, match=next(iter(kw))): ReinforceConfig(**kw)
@@ -262,3 +262,48 @@ def test_a_baseline_known_beforehand_leaves_the_gradient_of_the_kl_exact(of):
     assert (ours(path=False) - exact).norm() > .02 * exact.norm()
     same_value = [reinforce.policy_loss(model, every, torch.ones(13), 1., of, path)[0] for path in (True, False)]
     torch.testing.assert_close(*same_value)
+
+
+def first_step(run, guess):
+    policy_step(run)
+    run.good = reinforce.snapshot(run)
+    return reinforce.trusted(run, guess)
+
+
+@pytest.mark.parametrize("method", ["svf", "lora"])
+@pytest.mark.parametrize("guess", [1e-6, 1e-3, 1e-1, 30.])
+def test_the_rate_that_is_found_does_not_depend_on_the_guess_and_moves_the_policy_as_far_as_asked(method, guess):
+    for step_kl in (1e-3, 1e-2):
+        run = reinforce.begin(toy.policy(method=method), toy.tokenizer(), toy.DOG, config(lr="auto", step_kl=step_kl), None)
+        m = first_step(run, guess)
+        assert step_kl / 2 <= m["step_kl"] <= 1.5 * step_kl and m["lr"] == run.rate
+        assert reinforce.moved(run, run.good) == pytest.approx(m["step_kl"], rel=1e-4), "what was measured is what was left in the model"
+
+
+def test_a_later_step_that_goes_too_far_is_shortened_and_one_that_does_not_is_left_alone():
+    run = reinforce.begin(toy.policy(), toy.tokenizer(), toy.DOG, config(lr="auto"), None)
+    first_step(run, 1e-3)
+    for factor, shorter in ((30., True), (1 / 300, False)):
+        run.step += 1; run.rate *= factor
+        policy_step(run); run.good = reinforce.snapshot(run)
+        m = reinforce.trusted(run)
+        assert (m["lr"] < run.rate) == shorter and m["step_kl"] <= 1.5 * run.config.step_kl
+
+
+def test_a_step_without_a_gradient_leaves_the_rate_open():
+    run = reinforce.begin(toy.policy(), toy.tokenizer(), broken(reward=lambda t, e: 1.), config(lr="auto"), None)
+    before, m = reinforce.snapshot(run), policy_step(run)
+    reinforce.update(run, m)
+    assert m["step_kl"] == m["lr"] == 0 and run.rate is None
+    same(reinforce.snapshot(run), before)
+
+
+def test_auto_resumes_bit_for_bit(tmp_path):
+    kw = dict(lr="auto", steps=4, micro_batch=None)
+    whole = train(tmp_path / "whole", **kw)
+    p = launch(tmp_path / "cut", **kw)
+    wait_for_step(tmp_path / "cut", 2, p); os.kill(p.pid, signal.SIGKILL) if p.is_alive() else None; p.join()
+    train(tmp_path / "cut", resume=True, **kw)
+    assert metrics(tmp_path / "cut") == metrics(tmp_path / "whole")
+    same(adapter(tmp_path / "cut" / "last"), adapter(tmp_path / "whole" / "last"))
+    assert all(m["step_kl"] <= 1.5 * .004 for m in whole.metrics[1:]) and len({m["lr"] for m in whole.metrics[1:]}) < 4

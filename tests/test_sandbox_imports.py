@@ -21,14 +21,18 @@ contextlib statistics _strptime calendar __main__ sandbox marshal types operator
 
 LEAVE = {
     "modules": "for n in NAMES: open(n + '.py', 'w').write(PLANT)",
-    "packages": "for n in NAMES:\n    os.makedirs(n)\n    open(n + '/__init__.py', 'w').write(PLANT)",
-    "bytecode": "import py_compile\nos.makedirs('__pycache__')\nopen('plant.py', 'w').write(PLANT)\n"
+    "packages": "for n in NAMES:\n    os.makedirs(n)\n    open(n + '/__init__.py', "
+                "'w').write(PLANT)",
+    "bytecode": "import py_compile\nos.makedirs('__pycache__')\nopen('plant.py', "
+                "'w').write(PLANT)\n"
                 "for n in NAMES:\n"
                 "    py_compile.compile('plant.py', n + '.pyc')\n"
-                "    py_compile.compile('plant.py', f'__pycache__/{n}.{sys.implementation.cache_tag}.pyc')",
+                "    py_compile.compile('plant.py', "
+                "f'__pycache__/{n}.{sys.implementation.cache_tag}.pyc')",
     "extensions": "for n in NAMES: open(n + '.so', 'wb').write(b'not even a library')",
     "site files": "open('x.pth', 'w').write('import os; os.write(1, b\"' + PLANT + '\")')\n"
-                  "open('pyvenv.cfg', 'w').write('home = .\\ninclude-system-site-packages = true')\n"
+                  "open('pyvenv.cfg', "
+                  "'w').write('home = .\\ninclude-system-site-packages = true')\n"
                   "open('python311._pth', 'w').write('.')\n"
                   "v = f'lib/python{sys.version_info[0]}.{sys.version_info[1]}'\n"
                   "for d in (v, v + '/site-packages', '.local/' + v + '/site-packages'):\n"
@@ -91,12 +95,14 @@ def test_the_callers_environment_and_folder_do_not_reach_the_judge(planted, wall
                    NLSPATH TERMINFO""".split():
         monkeypatch.setenv(name, str(planted / "random.py" if "STARTUP" in name else planted))
     for name, value in dict(PYTHONINSPECT="1", PYTHONWARNINGS="error", PYTHONBREAKPOINT="random.z",
-                            PYTHONHASHSEED="7", PYTHONOPTIMIZE="2", PYTHONIOENCODING="ascii").items():
+                            PYTHONHASHSEED="7", PYTHONOPTIMIZE="2",
+                                PYTHONIOENCODING="ascii").items():
         monkeypatch.setenv(name, value)
     monkeypatch.chdir(planted)
     out = run_program(THIRD, NEEDY, walls=walls, timeout=10)
     assert out.passed and SAID not in out.output and "LD_" not in out.output, out
-    assert run_program(HALF, NEEDY, walls=walls, timeout=10).status == "fail"      # asserts still count
+    assert run_program(HALF, NEEDY, walls=walls,
+                       timeout=10).status == "fail"      # asserts still count
 
 
 @pytest.mark.parametrize("walls", WALLS)
@@ -105,11 +111,13 @@ def test_installed_packages_cannot_be_changed_under_the_judge(walls, tmp_path, m
     site = tmp_path / "site-packages"
     site.mkdir()
     for p in (*tmp_path.parents, tmp_path, site):
-        if p != Path("/") and os.access(p, os.W_OK) and p.stat().st_uid == os.geteuid(): p.chmod(p.stat().st_mode | 0o55)
+        if p != Path("/") and os.access(p, os.W_OK) and p.stat().st_uid == os.geteuid():
+            p.chmod(p.stat().st_mode | 0o55)
     (site / "helper_there.py").write_text("VALUE = 5")
     monkeypatch.setattr(sys, "path", [*sys.path, str(site)])
     program = (f"def f(x):\n    for n in ('helper_late', 'fractions', 'locale'):\n"
-               f"        try: open({str(site)!r} + '/' + n + '.py', 'w').write({PLANT!r} + 'VALUE = 6')\n"
+               f"        try: open({str(site)!r} + '/' + n + '.py', "
+               f"'w').write({PLANT!r} + 'VALUE = 6')\n"
                f"        except OSError: pass\n    return x\n")
     use = "import helper_there\nassert f(5) == helper_there.VALUE"
     assert run_program("def f(x): return x", use, walls=walls).passed

@@ -1,5 +1,5 @@
 "Tasks: prompts for any tokenizer, files of one's own, and names that installed packages declare."
-import importlib, json, subprocess, sys
+import importlib, json, shutil, subprocess, sys
 from pathlib import Path
 import pytest
 from transformer2_nbdev import tasks
@@ -152,8 +152,33 @@ def test_a_copy_that_is_not_installed_says_so(tmp_path):
             "assert 'transformer2_nbdev' not in {d.metadata['Name'] for d in __import__('importlib').metadata.distributions()}\n"
             "register('x', lambda name, data_dir: benchmark('gsm8k', data_dir)); print(get_task('x').name)\n"
             "try: get_task('gsm8k')\nexcept ValueError as e: print(e)")
-    r = subprocess.run([sys.executable, "-I", "-S", "-c", f"import sys; sys.path.append({str(ROOT)!r}); import importlib.metadata; " + code],
+    shutil.copytree(ROOT / "transformer2_nbdev", tmp_path / "src/transformer2_nbdev", ignore=shutil.ignore_patterns("data", "__pycache__"))    # no metadata beside it
+    r = subprocess.run([sys.executable, "-I", "-S", "-c", f"import sys; sys.path.append({str(tmp_path / 'src')!r}); import importlib.metadata; " + code],
                        capture_output=True, text=True, cwd=tmp_path)
     assert r.returncode == 0, r.stderr[-2000:]
     first, second = r.stdout.splitlines()
     assert first == "gsm8k" and "unknown task 'gsm8k'; there are x;" in second and "pip install -e ." in second
+
+
+# --- where the answer stands ---------------------------------------------------------------------------------------------------
+SOLVED = "**Problem:** 3 boxes of 4 pens.\n**Solution:** 3 * 4 = 12\n#### 12"
+@pytest.mark.parametrize("text, kept", [
+    ("Let me restate it.\n" + SOLVED, "#### 12"), ("Sure!\n\n" + SOLVED, "#### 12"), ("Here is the task:\n" + SOLVED, "#### 12"), ("## Restated\n" + SOLVED, None), (SOLVED, "#### 12"),
+    (SOLVED + "\n\n**Problem:** Tom has 7 cats.\n#### 7", "#### 12"), ("Let me restate it.\n" + SOLVED + "\n\n**Problem 2:** Tom has 7 cats.\n#### 7", "#### 12"), ("So 18.\n\n**Question:** Tom has 7 cats.", "So 18."),
+    ("#### 18\n\n## Problem 2: cats", "#### 18"), ("She has 18 eggs.\n\nQuestion: Tom has 7 cats.\nAnswer: 7", "She has 18 eggs."), ("B\n\nQuestion: x\nAnswer: C", "B"), ("The answer is (B).\n\n**Question:** x", "The answer is (B)."),
+    ("The moon reflects light.\n\n**Question:** x", "The moon reflects light."), ("Question: how many?\nAnswer: 18", "Answer: 18")])
+def test_a_new_question_is_cut_and_a_restated_one_is_not(text, kept):
+    region = tasks.answer_region(text)
+    if kept: assert region.endswith(kept), region
+
+@pytest.mark.parametrize("name, data, want", [
+    ("p.txt", b"\xef\xbb\xbfTell a story.\r\nAnother.", ["Tell a story.", "Another."]), ("p.jsonl", b'\xef\xbb\xbf{"prompt": "Tell a story."}\n', ["Tell a story."]), ("p.json", b'\xef\xbb\xbf[{"prompt": "x"}]', ["x"]),
+    ("q.txt", b"no mark", ["no mark"]), ("r.txt", b"a\xef\xbb\xbfb", ["a\ufeffb"])])
+def test_a_byte_order_mark_is_not_part_of_the_first_prompt(tmp_path, name, data, want):
+    (tmp_path / name).write_bytes(data)
+    assert [r["prompt"] for r in tasks.read_rows(tmp_path / name)] == want
+
+def test_a_file_that_is_not_utf8_is_named(tmp_path):
+    (tmp_path / "p.txt").write_bytes("Tell a story.".encode("utf-16"))
+    with pytest.raises(ValueError, match="p.txt is not UTF-8 text") as e: tasks.read_rows(tmp_path / "p.txt")
+    assert "\n" not in str(e.value)

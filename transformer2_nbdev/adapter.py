@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['SHORTHANDS', 'FAMILIES', 'FORMS', 'SvfType', 'SvfConfig', 'check_config', 'block_index', 'linear_names', 'is_linear',
            'part_of', 'chosen', 'stacks', 'warn_of_stacks', 'resolve_targets', 'shortened', 'is_conv1d', 'weight_of',
-           'make_basis', 'basis', 'knobs', 'offset', 'offsets', 'delta', 'correct', 'additive', 'per_sample',
-           'save_base', 'rounding', 'restore_base', 'merged_weight', 'SvfLayer', 'reset_d', 'Mergeable', 'SvfLinear',
-           'svf_layers', 'zs', 'shared_weights', 'check_unshared', 'warn_of_rounding', 'check_not_compiled',
-           'rows_in_place', 'mixed_batch', 'check_batch', 'mix_layer', 'check_names', 'as_weights',
-           'add_weighted_adapter', 'joint_config', 'base_tag', 'shape_tag', 'check_shapes', 'check_weights',
-           'base_tags', 'record_of', 'as_stored_now', 'new_layer', 'Merging', 'name_fault', 'safe_name', 'check_name',
-           'SvfModel']
+           'make_basis', 'basis', 'knobs', 'offset', 'offsets', 'delta', 'additive', 'per_sample', 'save_base',
+           'rounding', 'restore_base', 'merged_weight', 'SvfLayer', 'reset_d', 'Mergeable', 'SvfLinear', 'svf_layers',
+           'zs', 'shared_weights', 'check_unshared', 'warn_of_rounding', 'check_not_compiled', 'rows_in_place',
+           'mixed_batch', 'check_batch', 'mix_layer', 'check_names', 'as_weights', 'add_weighted_adapter',
+           'joint_config', 'base_tag', 'shape_tag', 'check_shapes', 'check_weights', 'base_tags', 'record_of',
+           'as_stored_now', 'new_layer', 'name_fault', 'safe_name', 'check_name', 'Keeping', 'SvfModel', 'check_before',
+           'place']
 
 # %% ../nbs/02_adapter.ipynb #eb958fd0
 import copy, re, warnings
@@ -26,38 +26,39 @@ from peft import PeftConfig
 from peft.mapping import (PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING,
                           PEFT_TYPE_TO_TUNER_MAPPING)
 from peft.tuners.tuners_utils import (BaseTuner, BaseTunerLayer, _get_in_out_features,
-                                      check_adapters_to_merge, check_target_module_exists, onload_layer)
+                                      check_adapters_to_merge, check_target_module_exists,
+                                      onload_layer)
 from peft.utils import AuxiliaryTrainingWrapper, resolve_quantization_backend
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from . import progress_bar
 from .svd import cached_decompose, fingerprint
-from .svf import compose, effective, is_target
+from .svf import compose, effective, is_target, scale
 
 # %% ../nbs/02_adapter.ipynb #0b75f0b2
 class SvfType(str, Enum):
-    "The method's name, equal to the plain string (PEFT's own enumeration of names is closed to outsiders)"
+    "The method's name, equal to the plain string (PEFT's own list of names is a closed one)"
     SVF = "SVF"
 
 # %% ../nbs/02_adapter.ipynb #31ec3474
 @dataclass
 class SvfConfig(PeftConfig):
-    "Singular value fine-tuning as a PEFT method: one learned number per singular value (paper §3.1)"
-    target_modules: list[str] | str | None = None # names, a regex or one of `SHORTHANDS`; None: all linear layers
-    rank: int | None = None                       # learn the leading `rank` z of a matrix; None: all min(m, n)
-    parametrization: str = "linear"               # "linear": learn d = z - 1; "sigmoid": p, with z = sigmoid(p)
-    preserve_nuclear_norm: bool = False           # rescale W' by sum(S) / sum(S z), as the official code
-    init_weights: bool = True                     # False: random z, to tell the adapter from the base in tests
-    init_mean: float | None = None                # mean of the first z (linear; None: 1) or p (sigmoid; None: 0.1)
-    init_std: float = 0.0                         # its standard deviation; the paper has 1e-3, its code 1e-2
+    "Singular value fine-tuning as a PEFT method: a learned number per singular value (paper §3.1)"
+    target_modules: list[str] | str | None = None # names, a regex, a shorthand; None: all linear
+    rank: int | None = None             # learn the `rank` leading z of a matrix; None: all
+    parametrization: str = "linear"     # "linear": learn d = z - 1; "sigmoid": p, z = sigmoid(p)
+    preserve_nuclear_norm: bool = False # rescale W' by sum(S) / sum(S z), as the official code
+    init_weights: bool = True           # False: random z, to tell adapter from base in tests
+    init_mean: float | None = None      # mean of the first z (None: 1), or p if sigmoid (None: 0.1)
+    init_std: float = 0.0               # its standard deviation; the paper: 1e-3, its code: 1e-2
     layers_to_transform: list[int] | int | None = None # adapt these blocks only
-    layers_pattern: list[str] | str | None = None      # what stands before the block's number, if unusual
+    layers_pattern: list[str] | str | None = None      # what stands before a block's number, if odd
     exclude_modules: list[str] | str | None = None     # never adapt these (names or a regex)
-    modules_to_save: list[str] | None = None           # modules trained in full and saved beside z
-    bias: str = "none"                                 # also train biases: "none", "all" or "svf_only" (PEFT's)
-    cache_dir: str | None = None                       # keep decompositions here, to wrap again by reading
-    base_digests: dict[str, str] | None = field(default=None, repr=False) # {module: "m x n : digest"}
+    modules_to_save: list[str] | None = None           # trained in full and saved beside z
+    bias: str = "none"                  # also train biases: "none", "all" or "svf_only" (PEFT's)
+    cache_dir: str | None = None        # keep decompositions here, to wrap again by reading
+    base_digests: dict[str, str] | None = field(default=None, repr=False) # {module: "mxn:digest"}
 
     def __post_init__(self):
         super().__post_init__()
@@ -72,7 +73,7 @@ def check_config(cfg: SvfConfig) -> None: # raises ValueError naming the field a
     if cfg.parametrization not in ("linear", "sigmoid"):
         raise ValueError(f'parametrization={cfg.parametrization!r}: choose "linear" or "sigmoid"')
     if cfg.rank is not None and cfg.rank < 1:
-        raise ValueError(f"rank={cfg.rank}: give a positive number, or None for all singular values")
+        raise ValueError(f"rank={cfg.rank}: give a positive number, or None for all")
     if cfg.init_std < 0:
         raise ValueError(f"init_std={cfg.init_std}: a standard deviation is not negative")
     regex = isinstance(cfg.target_modules, str) and cfg.target_modules.lower() not in SHORTHANDS
@@ -95,7 +96,7 @@ def block_index(name: str) -> int | None:
 def linear_names(model: nn.Module,        # a bare model, or one that carries adapters already
                  which: str = "all-linear" # "all-linear" | "mlp" | "attention"
                 ) -> list[str]:            # module names, in model order
-    "Linear layers of a model, less the output embedding (a head over the vocabulary is not adapted)"
+    "Linear layers of a model, less the output embedding"
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     inside = tuple(n + "." for n, m in model.named_modules() if isinstance(m, BaseTunerLayer))
     names = [n for n, m in model.named_modules()
@@ -118,7 +119,8 @@ def part_of(model: nn.Module,
     name = next(n for n, m in model.named_modules() if m is part)
     return f"{name}." if name else None
 
-def chosen(model: nn.Module, cfg: SvfConfig) -> tuple[list[str], str]: # names, and the part they are counted in
+def chosen(model: nn.Module, cfg: SvfConfig
+          ) -> tuple[list[str], str]:   # names, and the part in which blocks are counted
     "The linear layers that a shorthand, or no choice at all, stands for"
     which = (cfg.target_modules or "all-linear").lower()
     language, vision = part_of(model, "language"), part_of(model, "vision")
@@ -137,19 +139,23 @@ def stacks(model: nn.Module, part: str = "") -> dict[str, int]: # {name: numbers
             if n.startswith(part) and not isinstance(m, (conv, BaseTunerLayer))
             for k, p in m.named_parameters(recurse=False) if p.dim() == 3 and len(p) > 1}
 
-def warn_of_stacks(model: nn.Module, names: list[str], part: str) -> None: # names: the layers that are adapted
+def warn_of_stacks(model: nn.Module,
+                   names: list[str],    # the layers that are adapted
+                   part: str
+                  ) -> None:
     "Say what is left out of a mixture-of-experts model, and how much"
     if not (left := stacks(model, part)): return
-    taken = sum(model.get_submodule(n).weight.numel() for n in names)
-    warnings.warn(f"SVF adapts linear layers; the experts' weights stay as they are. That is {len(left)} stacks "
-                  f"({', '.join(list(left)[:2])}, …), {sum(left.values()) / (taken + sum(left.values())):.0%} of the "
-                  "weights that were asked for")
+    taken, missed = sum(model.get_submodule(n).weight.numel() for n in names), sum(left.values())
+    warnings.warn(f"SVF adapts linear layers; the experts' weights stay as they are. That is "
+                  f"{len(left)} stacks ({', '.join(list(left)[:2])}, …), "
+                  f"{missed / (taken + missed):.0%} of the weights that were asked for")
 
 # %% ../nbs/02_adapter.ipynb #96a938f6
-FAMILIES = ("llama", "mistral", "mixtral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3", "gemma3_text", "phi",
-            "phi3", "gpt2", "gpt_neox", "opt", "olmo2", "smollm3", "granite", "cohere", "starcoder2", "stablelm",
-            "qwen2_moe", "qwen3_moe", "gpt_oss", "olmoe", "llava", "llava_next", "llava_onevision", "qwen2_vl",
-            "qwen2_5_vl", "qwen3_vl", "idefics3", "smolvlm", "paligemma", "mllama", "internvl", "mistral3")
+FAMILIES = ("llama", "mistral", "mixtral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3",
+            "gemma3_text", "phi", "phi3", "gpt2", "gpt_neox", "opt", "olmo2", "smollm3", "granite",
+            "cohere", "starcoder2", "stablelm", "qwen2_moe", "qwen3_moe", "gpt_oss", "olmoe",
+            "llava", "llava_next", "llava_onevision", "qwen2_vl", "qwen2_5_vl", "qwen3_vl",
+            "idefics3", "smolvlm", "paligemma", "mllama", "internvl", "mistral3")
 
 def resolve_targets(cfg: SvfConfig, model: nn.Module) -> list[str] | set[str] | str:
     "`target_modules` as PEFT understands it: shorthands and None become the names they stand for"
@@ -160,15 +166,16 @@ def resolve_targets(cfg: SvfConfig, model: nn.Module) -> list[str] | set[str] | 
     if t is not None and not (isinstance(t, str) and t.lower() in SHORTHANDS): return t
     names, part = chosen(model, cfg)
     if not names and stacks(model, part):
-        raise ValueError(f"target_modules={t!r}: this model keeps them as stacks of experts, which SVF does "
-                         'not adapt; give "attention"')
-    if not names: raise ValueError(f"target_modules={t!r}: this model has no such layers; name them instead")
+        raise ValueError(f"target_modules={t!r}: this model keeps them as stacks of experts, which "
+                         'SVF does not adapt; give "attention"')
+    if not names:
+        raise ValueError(f"target_modules={t!r}: this model has no such layers; name them instead")
     if t is None or t.lower() in ("all-linear", "mlp"): warn_of_stacks(model, names, part)
     return shortened(names, part, model, cfg.layers_to_transform)
 
 # %% ../nbs/02_adapter.ipynb #cfd8bccf
 def shortened(names: list[str], part: str, model: nn.Module,
-              blocks: list[int] | int | None # layers_to_transform, which PEFT applies to suffixes alone
+              blocks: list[int] | int | None # layers_to_transform, which PEFT applies to suffixes
              ) -> set[str]:
     "Suffixes for all blocks where they reach exactly these layers, else the full names"
     numbers = {n: block_index(n.removeprefix(part)) for n in names}
@@ -186,14 +193,14 @@ def is_conv1d(layer: BaseTunerLayer) -> bool:
     return isinstance(layer.get_base_layer(), Conv1D)
 
 def weight_of(layer: BaseTunerLayer # a PEFT layer around a Linear, Conv1D or quantised linear
-             ) -> torch.Tensor:     # (m, n), y = W x; dequantised where needed, the tensor itself where not
+             ) -> torch.Tensor:     # (m, n), y = W x; the tensor itself, or dequantised
     "The base weight as a plain matrix, out-features first (before any merge)"
     aside = layer._base is not None and layer.quantization_backend is None
     W = layer._base if aside else layer.get_base_weight()
     return W.T if is_conv1d(layer) else W
 
 def make_basis(layer: BaseTunerLayer, k: int | None, cache_dir: str | None) -> None:
-    "Give `layer` at least `k` columns of Q (None: all), decomposing the base weight unless they are there already"
+    "Give `layer` at least `k` columns of Q (None: all), decomposing unless they are there already"
     if layer.svf_Q is not None and layer.svf_Q.shape[1] >= (k or layer.svf_Q.shape[0]): return
     with onload_layer(layer), torch.no_grad():
         W = weight_of(layer)
@@ -229,29 +236,22 @@ def offsets(layer: "SvfLinear", names: list[str]) -> torch.Tensor: # (len(names)
     width = max(len(d) for d in ds)
     return torch.stack([F.pad(d, (0, width - len(d))) for d in ds])
 
-def delta(layer: "SvfLinear", names: list[str]) -> torch.Tensor | None: # (k,); None: no adapter applies
+def delta(layer: "SvfLinear", names: list[str]
+         ) -> torch.Tensor | None: # (k,); None where no adapter applies
     "d summed over the adapters that live on this layer: adapters add, as everywhere in PEFT"
     here = [n for n in names if n in layer.svf_d]
     return offsets(layer, here).sum(0) if here else None
 
 # %% ../nbs/02_adapter.ipynb #cc55b7c9
-def correct(h: torch.Tensor, # (..., r) output (left) or input (right) of the base layer
-            Q: torch.Tensor, # (r, >=k) orthonormal columns
-            d: torch.Tensor  # (k,), or broadcastable (B, ..., k): one row per sample
-           ) -> torch.Tensor: # (..., r): Q (d * Q^T h), in the dtype of h
-    "The correction SVF adds, computed in Q's precision"
-    Q = Q[:, : d.shape[-1]]
-    a = h.to(Q.dtype) @ Q
-    return ((a * d.to(a.dtype)) @ Q.T).to(h.dtype)
-
-def additive(layer: "SvfLinear", x: torch.Tensor, d: torch.Tensor) -> torch.Tensor:
-    "The additive form of W'x: base layer plus correction"
-    base, d = layer.base_layer, per_sample(d, x)
-    Q = basis(layer, x.device)
-    if layer.side == "right": return base(x + correct(x, Q, d))
-    y = base(x)
+def additive(layer: "SvfLinear",
+             x: torch.Tensor, # (..., in)
+             d: torch.Tensor  # (k,) for all samples, or (B, k)
+            ) -> torch.Tensor: # (..., out)
+    "W'x: room 01's `scale` on what the base layer gave (left), or on what it gets (right)"
+    Q, z = basis(layer, x.device)[:, : d.shape[-1]], 1 + per_sample(d, x)
+    if layer.side == "right": return layer.base_layer(scale(x, Q, z))
     bias = getattr(layer.get_base_layer(), "bias", None)
-    return y + correct(y if bias is None else y - bias, Q, d)
+    return scale(layer.base_layer(x), Q, z, bias)
 
 # %% ../nbs/02_adapter.ipynb #fb6fd165
 def per_sample(d: torch.Tensor, # (k,) for all samples, or (B, k)
@@ -261,7 +261,8 @@ def per_sample(d: torch.Tensor, # (k,) for all samples, or (B, k)
     if d.dim() == 1: return d
     if len(d) == 1: return d[0]
     if x.shape[0] % len(d):
-        raise ValueError(f"mixture has {len(d)} rows but the batch has {x.shape[0]} samples: give one row per prompt")
+        raise ValueError(f"mixture has {len(d)} rows but the batch has {x.shape[0]} samples: "
+                         "give one row per prompt")
     d = d.repeat_interleave(x.shape[0] // len(d), 0)
     return d.view(len(d), *[1] * (x.dim() - 2), -1)
 
@@ -290,7 +291,8 @@ def restore_base(layer: "SvfLinear") -> None:
         if state is not None: base.state.__dict__.update(state)
     layer._base = None
 
-def merged_weight(layer: "SvfLinear", names: list[str]) -> torch.Tensor: # laid out as the base's weight
+def merged_weight(layer: "SvfLinear", names: list[str]
+                 ) -> torch.Tensor: # laid out as the base's weight
     "W' for the adapters in `names` together, from the unmerged base"
     W = weight_of(layer)
     d = delta(layer, names)
@@ -347,8 +349,8 @@ class Mergeable(SvfLayer):
                              "load the base unquantised to merge")
         W = merged_weight(self, self.merged_adapters + names)
         if safe_merge and not torch.isfinite(W).all():
-            raise ValueError(f"NaNs detected in the merged weights. The adapter {names[0]} seems to be "
-                             "broken")
+            raise ValueError("NaNs detected in the merged weights. "
+                             f"The adapter {names[0]} seems to be broken")
         if not self.merged: save_base(self)
         self.set_base_weight(W)
         self.merge_error = rounding(self, W)
@@ -361,7 +363,7 @@ class Mergeable(SvfLayer):
         self.merged_adapters.clear()
         self.merge_error = 0.0
 
-    def get_delta_weight(self, name: str) -> torch.Tensor: # in the layout of the base layer's weight
+    def get_delta_weight(self, name: str) -> torch.Tensor: # laid out as the base's weight
         "W' - W of one adapter"
         return merged_weight(self, [name]) - merged_weight(self, [])
 
@@ -385,7 +387,8 @@ class SvfLinear(nn.Module, Mergeable):
         return self.base_layer(x, *args, **kwargs) if d is None else additive(self, x, d)
 
     def rows(self) -> torch.Tensor | None: # (k,) or (B, k)
-        "The rows in place; an error where a forward is repeated for a backward pass that outlived them"
+        "The rows in place; an error where a repeated forward finds them gone"
+        if torch.compiler.is_compiling(): return self._mix
         if torch._C._current_graph_task_id() == -1: # not inside a backward pass
             if torch.is_grad_enabled(): self._mixed = self._mix is not None
         elif self._mixed and self._mix is None:
@@ -401,8 +404,8 @@ class SvfLinear(nn.Module, Mergeable):
     def __repr__(self): return "svf." + super().__repr__()
 
 # %% ../nbs/02_adapter.ipynb #60a60f2b
-def svf_layers(model: nn.Module) -> dict[str, SvfLayer]: # {name in the bare model: layer}, in model order
-    "All SVF layers of a model"
+def svf_layers(model: nn.Module) -> dict[str, SvfLayer]: # {name in the bare model: layer}
+    "All SVF layers of a model, in its order"
     return {n.split("base_model.model.", 1)[-1]: m
             for n, m in model.named_modules() if isinstance(m, SvfLayer)}
 
@@ -414,22 +417,24 @@ def zs(model: nn.Module,
             for n, l in svf_layers(model).items() if adapter_name in l.svf_d}
 
 # %% ../nbs/02_adapter.ipynb #767be518
-def shared_weights(model: nn.Module) -> dict[str, str]: # {SVF layer: another module that holds its weight}
+def shared_weights(model: nn.Module) -> dict[str, str]: # {SVF layer: the other module}
     "SVF layers whose base weight is a second module's too"
-    names, holders = {}, {}
+    names, holders, shared = {}, {}, {}
     for n, m in model.named_modules(remove_duplicate=False):
-        names.setdefault(id(m), []).append(f"{n}.")
-        for p in m.parameters(recurse=False): holders.setdefault(id(p), []).append(f"{n}.")
-    others = {n: [h for h in holders[id(l.get_base_layer().weight)] if not h.startswith(tuple(names[id(l)]))]
-              for n, l in svf_layers(model).items()}
-    def plain(name): return name.rstrip(".").removesuffix(".base_layer").split("base_model.model.", 1)[-1]
-    return {n: plain(o[0]) for n, o in others.items() if o}
+        names.setdefault(m, []).append(f"{n}.")
+        for p in m.parameters(recurse=False): holders.setdefault(p, []).append(f"{n}.")
+    for n, layer in svf_layers(model).items():
+        mine = tuple(names[layer])          # under every name that leads to this layer
+        others = [h for h in holders[layer.get_base_layer().weight] if not h.startswith(mine)]
+        if others: shared[n] = others[0].split("base_model.model.", 1)[-1].rstrip(".")
+    return {n: other.removesuffix(".base_layer") for n, other in shared.items()}
 
 def check_unshared(model: nn.Module, what: str) -> None: # what: the start of the sentence
     "Refuse to write W' where a second module would see it"
     for n, other in shared_weights(model).items():
-        raise ValueError(f"{what} {n}: {other} holds the same weight and would change with it; give one of "
-                         "them a weight of its own (and set tie_word_embeddings=False), or do not merge or fuse")
+        raise ValueError(f"{what} {n}: {other} holds the same weight and would change with it; "
+                         "give one of them a weight of its own (tie_word_embeddings=False), "
+                         "or do neither merge nor fuse")
 
 # %% ../nbs/02_adapter.ipynb #5417ad16
 def warn_of_rounding(layers: dict[str, SvfLayer]) -> None:
@@ -439,15 +444,16 @@ def warn_of_rounding(layers: dict[str, SvfLayer]) -> None:
     worst = max(errors, key=errors.get)
     kind = layers[worst].quantization_backend.backend_name
     warnings.warn(f"merged into {kind} weights: W' is stored with a relative error of "
-                  f"{sum(errors.values()) / len(errors):.1%} (worst {errors[worst]:.1%}, {worst}); to merge "
-                  "exactly load the base unquantised, or leave the adapter unmerged")
+                  f"{sum(errors.values()) / len(errors):.1%} (worst {errors[worst]:.1%}, {worst}); "
+                  "to merge exactly load the base unquantised, or leave the adapter unmerged")
 
 def check_not_compiled(model: nn.Module) -> None:
     "Refuse a model whose names torch.compile has changed"
     for n, _ in model.named_modules():
         if "_orig_mod" in n.split("."):
-            raise ValueError("this model was compiled before it was wrapped, and an expert saved from it could "
-                             "be loaded nowhere else: wrap it first, then torch.compile the wrapped model")
+            raise ValueError("this model was compiled before it was wrapped, and an expert saved "
+                             "from it could be loaded nowhere else: wrap it first, then "
+                             "torch.compile the wrapped model")
 
 # %% ../nbs/02_adapter.ipynb #e02fc12a
 @contextmanager
@@ -456,9 +462,10 @@ def rows_in_place(layers: dict[str, SvfLayer],  # as from `svf_layers`
                  ) -> Iterator[None]:
     "Inside, these d stand in for those of the active adapters"
     if any(l.merged for l in layers.values()):
-        raise ValueError("mixture cannot be used while an adapter is merged: call unmerge_adapter() first")
+        raise ValueError("mixture cannot be used while an adapter is merged: "
+                         "call unmerge_adapter() first")
     if any(l._step is not None for l in layers.values()):
-        raise ValueError("mixture cannot be used inside fused: there one W' serves the whole batch")
+        raise ValueError("mixture cannot be used inside fused: one W' serves the whole batch there")
     before = {n: l._mix for n, l in layers.items()}
     try:
         for n, l in layers.items(): l._mix = rows[n]
@@ -469,7 +476,7 @@ def rows_in_place(layers: dict[str, SvfLayer],  # as from `svf_layers`
 # %% ../nbs/02_adapter.ipynb #603a208c
 def _give_names(args, kwargs, names):
     "Tell a module of `modules_to_save` whose sample is whose; `generate` repeats neighbours"
-    x = next(a for a in (*args, *kwargs.values()) if torch.is_tensor(a))
+    x = next(filter(torch.is_tensor, (*args, *kwargs.values())))
     repeated = [n for n in names for _ in range(len(x) // len(names))]
     return args, kwargs | {"adapter_names": repeated}
 
@@ -479,9 +486,10 @@ def mixed_batch(self, *args, adapter_names: list[str] | None = None, **kwargs):
     if adapter_names is None:
         yield
         return
-    check_batch(self, adapter_names, next((a for a in (*args, *kwargs.values()) if torch.is_tensor(a)), None))
+    check_batch(self, adapter_names, next(filter(torch.is_tensor, (*args, *kwargs.values())), None))
+    def give(module, a, k): return _give_names(a, k, adapter_names)
     layers = svf_layers(self)
-    hooks = [m.register_forward_pre_hook(lambda m, a, k: _give_names(a, k, adapter_names), with_kwargs=True)
+    hooks = [m.register_forward_pre_hook(give, with_kwargs=True)
              for m in self.modules() if isinstance(m, AuxiliaryTrainingWrapper)]
     try:
         with rows_in_place(layers, {n: offsets(l, adapter_names) for n, l in layers.items()}): yield
@@ -490,7 +498,8 @@ def mixed_batch(self, *args, adapter_names: list[str] | None = None, **kwargs):
 
 def check_batch(model: nn.Module, names: list[str], x: torch.Tensor | None) -> None: # x: (B, ...)
     "Whether `adapter_names` suits the model and the batch"
-    if model.training: raise ValueError("Cannot pass `adapter_names` when the model is in training mode.")
+    if model.training:
+        raise ValueError("Cannot pass `adapter_names` when the model is in training mode.")
     if unknown := sorted(set(names) - {*model.peft_config, "__base__"}):
         raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}")
     if x is not None and len(x) != len(names):
@@ -501,7 +510,7 @@ def check_batch(model: nn.Module, names: list[str], x: torch.Tensor | None) -> N
 FORMS = ("delta", "sum")
 
 def mix_layer(layer: SvfLayer,
-              experts: list[str],    # K adapter names; one that is not on this layer counts as z = 1
+              experts: list[str],    # K adapter names; one that is not here counts as z = 1
               alpha: torch.Tensor,   # (..., K)
               form: str = "delta"    # "delta": 1 + sum a (z - 1); "sum": sum a z, the paper's
              ) -> torch.Tensor:      # (..., k): d of the mixture
@@ -543,7 +552,8 @@ def add_weighted_adapter(self: "SvfModel",
     check_name(adapter_name)
     adapters, alpha, layers = check_names(self, adapters), as_weights(weights), svf_layers(self)
     if alpha.shape != (len(adapters),):
-        raise ValueError(f"{len(adapters)} adapters but {len(weights)} weights: give one weight per adapter")
+        raise ValueError(f"{len(adapters)} adapters but {len(weights)} weights: "
+                         "give one weight per adapter")
     ds = {n: mix_layer(l, adapters, alpha, combination_type).detach() for n, l in layers.items()}
     self.peft_config[adapter_name] = joint_config(self, adapters, combination_type == "sum")
     self.inject_adapter(self.model, adapter_name)
@@ -553,7 +563,10 @@ def add_weighted_adapter(self: "SvfModel",
         p.data = F.pad(d, (0, len(p) - len(d)))
     self.set_requires_grad(adapter_name, False)
 
-def joint_config(model: "SvfModel", adapters: list[str], full: bool) -> SvfConfig: # full: every direction
+# %% ../nbs/02_adapter.ipynb #9a15de21
+def joint_config(model: "SvfModel", adapters: list[str],
+                 full: bool  # every direction, whatever their ranks
+                ) -> SvfConfig:
     "A config that covers the matrices and ranks of several adapters"
     configs = [model.peft_config[a] for a in adapters]
     targets, ranks = [c.target_modules for c in configs], [c.rank for c in configs]
@@ -569,13 +582,17 @@ def base_tag(layer: SvfLayer) -> str: # "m x n : 16 hex digits"
     with onload_layer(layer): W = weight_of(layer)
     return f"{shape_tag(layer)}:{'meta' if W.is_meta else fingerprint(W)}"
 
-def shape_tag(layer: nn.Module) -> str | None: # "m x n", or None for a module that is no linear layer
+def shape_tag(layer: nn.Module) -> str | None: # "m x n"; None for a module that is no linear layer
     "Shape of a linear layer's matrix, adapted or not, quantised or not"
+    if layer is None or not is_linear(layer): return None
     base = layer.get_base_layer() if isinstance(layer, BaseTunerLayer) else layer
-    m, n = _get_in_out_features(base)[::-1] if isinstance(base, (nn.Linear, Conv1D)) else (None, None)
-    return None if m is None else f"{m}x{n}"
+    n, m = _get_in_out_features(base)
+    return f"{m}x{n}"
 
-def check_shapes(name: str, made_for: dict[str, str], model: nn.Module) -> None: # made_for: {module: tag}
+# %% ../nbs/02_adapter.ipynb #476a1362
+def check_shapes(name: str,
+                 made_for: dict[str, str], # {module: tag}
+                 model: nn.Module) -> None:
     "Refuse an adapter whose matrices have other shapes here, before anything is touched"
     modules = dict(model.named_modules())
     for module, tag in made_for.items():
@@ -585,14 +602,18 @@ def check_shapes(name: str, made_for: dict[str, str], model: nn.Module) -> None:
                  f"whose {module} is {want}, here it is {have}"
         raise ValueError(f"adapter {name!r} was made for a base {theirs}: load it on its own base")
 
-def check_weights(name: str, made_for: dict[str, str], found: dict[str, str]) -> None: # {module: tag} each
+def check_weights(name: str,
+                  made_for: dict[str, str], # {module: tag}
+                  found: dict[str, str]     # likewise
+                 ) -> None:
     "Warn about an adapter whose matrices hold other weights here"
     vague = ("quantised", "meta")
     pairs = {m: (tag, found.get(m, tag)) for m, tag in made_for.items()}
-    other = [m for m, (a, b) in pairs.items() if a != b and not (a.endswith(vague) or b.endswith(vague))]
+    clear = {m: p for m, p in pairs.items() if not any(tag.endswith(vague) for tag in p)}
+    other = [m for m, (a, b) in clear.items() if a != b]
     if other: warnings.warn(
-        f"adapter {name!r} was made for a base with other weights in {len(other)} of {len(made_for)} "
-        f"matrices ({', '.join(other[:3])}{', …' if len(other) > 3 else ''}): "
+        f"adapter {name!r} was made for a base with other weights in {len(other)} of "
+        f"{len(made_for)} matrices ({', '.join(other[:3])}{', …' if len(other) > 3 else ''}): "
         "its z will not mean what they meant there")
 
 # %% ../nbs/02_adapter.ipynb #303b72e1
@@ -621,25 +642,8 @@ def new_layer(target: nn.Module, name: str, config: SvfConfig,
     base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
     if isinstance(base, (nn.Linear, Conv1D)) or resolve_quantization_backend(base):
         return SvfLinear(target, name, config)
-    raise ValueError(f"Target module {key} is a {type(target).__name__}: SVF adapts nn.Linear and Conv1D, "
-                     "name such layers in target_modules")
-
-# %% ../nbs/02_adapter.ipynb #666d3060
-class Merging:
-    "PEFT's merging of a whole model, with the two warnings above"
-    def _check_merge_allowed(self):
-        super()._check_merge_allowed()
-        check_unshared(self.model, "cannot merge into")
-
-    def merge_adapter(self, *args, **kwargs):
-        super().merge_adapter(*args, **kwargs)
-        warn_of_rounding(svf_layers(self.model))
-
-    def _unload_and_optionally_merge(self, *args, **kwargs):
-        layers = svf_layers(self.model)
-        out = super()._unload_and_optionally_merge(*args, **kwargs)
-        warn_of_rounding(layers)
-        return out
+    raise ValueError(f"Target module {key} is a {type(target).__name__}: SVF adapts nn.Linear and "
+                     "Conv1D, name such layers in target_modules")
 
 # %% ../nbs/02_adapter.ipynb #5ba6c194
 def name_fault(name: str) -> str: # the reason, or "" where there is none
@@ -666,11 +670,37 @@ def check_name(name: str) -> None: # raises ValueError
         remedy = f"; call it {safe_name(name)!r}" if isinstance(name, str) else ""
         raise ValueError(f"an adapter cannot be named {name!r}: {fault}{remedy}")
 
+# %% ../nbs/02_adapter.ipynb #666d3060
+class Keeping:
+    "A wrapped model's files and merges"
+    def _check_merge_allowed(self):
+        super()._check_merge_allowed()
+        check_unshared(self.model, "cannot merge into")
+
+    def merge_adapter(self, *args, **kwargs):
+        super().merge_adapter(*args, **kwargs)
+        warn_of_rounding(svf_layers(self.model))
+
+    def _unload_and_optionally_merge(self, *args, **kwargs):
+        layers = svf_layers(self.model)
+        out = super()._unload_and_optionally_merge(*args, **kwargs)
+        warn_of_rounding(layers)
+        return out
+
+    @classmethod
+    def _get_adapter_state_dict(cls, model, config, adapter_name, *args, **kwargs):
+        config.base_digests = base_tags(model, adapter_name)
+        return super()._get_adapter_state_dict(model, config, adapter_name, *args, **kwargs)
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(cls, model, config, adapter_name, state_dict):
+        state = as_stored_now(state_dict, config.parametrization == "linear")
+        return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state)
+
 # %% ../nbs/02_adapter.ipynb #a162e7a6
-class SvfModel(Merging, BaseTuner):
+class SvfModel(Keeping, BaseTuner):
     "A model with SVF layers (made by `peft.get_peft_model`)"
-    prefix = "svf_"
-    tuner_layer_cls = SvfLayer
+    prefix, tuner_layer_cls = "svf_", SvfLayer
     target_module_mapping: dict = {}
     _enable_peft_forward_hooks, add_weighted_adapter = mixed_batch, add_weighted_adapter
 
@@ -683,34 +713,35 @@ class SvfModel(Merging, BaseTuner):
 
     def inject_adapter(self, model, adapter_name, *args, **kwargs):
         "PEFT's entry point, with a check of the base before and after"
-        check_name(adapter_name)
         config = self.peft_config[adapter_name]
-        made_for = record_of(config)
-        check_not_compiled(model)
-        check_shapes(adapter_name, made_for, model)
+        made_for = check_before(model, adapter_name, config)
         with progress_bar(desc="Decomposing", unit="matrix", leave=False) as self._bar:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
         self._bar, config._wrapped = None, True
         check_weights(adapter_name, made_for, base_tags(model, adapter_name))
 
-    def _create_and_replace(self, config, adapter_name, target, target_name, parent, current_key, **kwargs):
-        if isinstance(target, SvfLayer):
-            target.update_layer(adapter_name, config, inference_mode=config.inference_mode)
-        else:
-            new = new_layer(target, adapter_name, config, current_key)
-            if adapter_name not in self.active_adapters: new.requires_grad_(False)
-            self._replace_module(parent, target_name, new, target)
+    def _create_and_replace(self, config, adapter_name, target, target_name, parent,
+                            current_key, **kwargs):
+        place(self, config, adapter_name, target, target_name, parent, current_key)
         self._bar.update()
 
-    @classmethod
-    def _get_adapter_state_dict(cls, model, config, adapter_name, *args, **kwargs):
-        config.base_digests = base_tags(model, adapter_name)
-        return super()._get_adapter_state_dict(model, config, adapter_name, *args, **kwargs)
+# %% ../nbs/02_adapter.ipynb #2bf3d07f
+def check_before(model: nn.Module, adapter_name: str, config: SvfConfig
+                ) -> dict[str, str]: # the record of the base, as the config brought it
+    "Everything that can be refused before a model is touched"
+    check_name(adapter_name)
+    check_not_compiled(model)
+    made_for = record_of(config)
+    check_shapes(adapter_name, made_for, model)
+    return made_for
 
-    @classmethod
-    def _remap_adapter_state_dict_for_load(cls, model, config, adapter_name, state_dict):
-        state = as_stored_now(state_dict, config.parametrization == "linear")
-        return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state)
+def place(model: SvfModel, config, name, target, target_name, parent, key) -> None:
+    "Put adapter `name` on one module, wrapping it first if need be"
+    if isinstance(target, SvfLayer):
+        return target.update_layer(name, config, inference_mode=config.inference_mode)
+    new = new_layer(target, name, config, key)
+    if name not in model.active_adapters: new.requires_grad_(False)
+    model._replace_module(parent, target_name, new, target)
 
 # %% ../nbs/02_adapter.ipynb #f56e7688
 PEFT_TYPE_TO_CONFIG_MAPPING["SVF"] = SvfConfig

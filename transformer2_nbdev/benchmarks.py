@@ -14,8 +14,9 @@ from pathlib import Path
 
 # %% ../nbs/19_benchmarks.ipynb #ea4df730
 from .tasks import Task, Verdict, answer_region, as_row, boxed, read_rows
-from .verifiers import (complete_function, find_code, judge_choice, judge_code, judge_math,
-                                          judge_number, judge_vqa, numbers, parse_python)
+from .verifiers import (complete_function, find_code, judge_choice, judge_code,
+                                          judge_math, judge_number, judge_vqa, numbers,
+                                          parse_python)
 
 # %% ../nbs/19_benchmarks.ipynb #c7a6afdb
 @dataclass
@@ -28,23 +29,36 @@ class Source:
 # %% ../nbs/19_benchmarks.ipynb #891e0cb0
 def _source(folder, names, hub, config, need, **parts):
     "A Source whose parts lie in `folder` (or directly in data_dir), as .jsonl or .json."
-    files = {part: [f"{d}{n}.{ext}" for n in ([name] if isinstance(name, str) else name) for d in (f"{folder}/", "") for ext in ("jsonl", "json")]
-             for part, name in names.items()}
+    def paths(name):
+        stems = [name] if isinstance(name, str) else name
+        places = [f"{d}{n}" for n in stems for d in (f"{folder}/", "")]
+        return [f"{place}.{ext}" for place in places for ext in ("jsonl", "json")]
+    files = {part: paths(name) for part, name in names.items()}
     return Source(files, (hub, config, parts or {p: p for p in names}), need)
 
 # %% ../nbs/19_benchmarks.ipynb #78e3005c
-def _arc(name): return _source("arc", dict(train=f"{name}-train", test=f"{name}-test"), "allenai/ai2_arc", name, ("question", "choices", "answerKey"))
+def _arc(name):
+    return _source("arc", dict(train=f"{name}-train", test=f"{name}-test"), "allenai/ai2_arc", name,
+                   ("question", "choices", "answerKey"))
+
+_MBPP, _ALL = "google-research-datasets/mbpp", "train+validation+test+prompt"
+_VQA = {p: [f"TextVQA_0.5.1_{p}", f"TextVQA_0.5.1_{p}.json_samples"] for p in ("train", "val")}
 SOURCES = dict(
-    gsm8k=_source("gsm8k", dict(train="train", test="test"), "openai/gsm8k", "main", ("question", "answer")),
-    math=_source("math", dict(train="train", test="test"), "DigitalLearningGmbH/MATH-lighteval", None, ("problem", "solution")),
-    humaneval=_source("humaneval", dict(test="HumanEval"), "openai/openai_humaneval", None, ("task_id", "prompt", "entry_point", "canonical_solution", "test")),
-    mbpp=_source("mbpp", dict(all="mbpp"), "google-research-datasets/mbpp", "full", ("task_id", "text", "code", "test_list"), all="train+validation+test+prompt"),
-    mbpp_sanitized=_source("mbpp", dict(all="sanitized-mbpp"), "google-research-datasets/mbpp", "sanitized", ("task_id", "prompt", "code", "test_list"),
-                           all="train+validation+test+prompt"),
-    mbpp_pro=_source("mbpp", dict(all=["MbppPlus", "mbppplus"]), "evalplus/mbppplus", None, ("task_id", "prompt", "code", "test_list"), all="test"),
+    gsm8k=_source("gsm8k", dict(train="train", test="test"), "openai/gsm8k", "main",
+                  ("question", "answer")),
+    math=_source("math", dict(train="train", test="test"), "DigitalLearningGmbH/MATH-lighteval",
+                 None, ("problem", "solution")),
+    humaneval=_source("humaneval", dict(test="HumanEval"), "openai/openai_humaneval", None,
+                      ("task_id", "prompt", "entry_point", "canonical_solution", "test")),
+    mbpp=_source("mbpp", dict(all="mbpp"), _MBPP, "full",
+                 ("task_id", "text", "code", "test_list"), all=_ALL),
+    mbpp_sanitized=_source("mbpp", dict(all="sanitized-mbpp"), _MBPP, "sanitized",
+                           ("task_id", "prompt", "code", "test_list"), all=_ALL),
+    mbpp_pro=_source("mbpp", dict(all=["MbppPlus", "mbppplus"]), "evalplus/mbppplus", None,
+                     ("task_id", "prompt", "code", "test_list"), all="test"),
     arc_easy=_arc("ARC-Easy"), arc_challenge=_arc("ARC-Challenge"),
-    textvqa=_source("textvqa", {p: [f"TextVQA_0.5.1_{p}", f"TextVQA_0.5.1_{p}.json_samples"] for p in ("train", "val")}, "lmms-lab/textvqa", None,
-                    ("question", "answers"), train="train", val="validation"))
+    textvqa=_source("textvqa", _VQA, "lmms-lab/textvqa", None, ("question", "answers"),
+                    train="train", val="validation"))
 
 # %% ../nbs/19_benchmarks.ipynb #174be53a
 @lru_cache(maxsize=None)
@@ -57,8 +71,10 @@ def _rows(source, part, data_dir):
         rows, where = load_dataset(hub, config, split=parts[part]), f"{hub} {parts[part]}"
         rows = [as_row(dict(r), i, Path(where), src.need) for i, r in enumerate(rows, 1)]
     else:
-        where = next((p for f in src.files[part] if (p := Path(data_dir) / f).is_file()), None)
-        if where is None: raise FileNotFoundError(f"task {source!r}: no {src.files[part][0]} in {data_dir}")
+        paths = [Path(data_dir) / f for f in src.files[part]]
+        where = next((p for p in paths if p.is_file()), None)
+        if where is None:
+            raise FileNotFoundError(f"task {source!r}: no {src.files[part][0]} in {data_dir}")
         rows = read_rows(where, src.need)
     if not rows: raise ValueError(f"{where}: no rows in it")
     return [_example(_EXAMPLE[source.split("_")[0]], r, i, where) for i, r in enumerate(rows, 1)]
@@ -66,8 +82,11 @@ def _rows(source, part, data_dir):
 # %% ../nbs/19_benchmarks.ipynb #5150360b
 def _example(make, row, i, where):
     "One row as an example; what is wrong with it is said with its file and number."
-    try: return {"id": row.get("task_id", row.get("question_id", row.get("id", i - 1))), **make(row)}
-    except (ValueError, KeyError, TypeError, SyntaxError) as e: raise ValueError(f"{where}, row {i}: {e if isinstance(e, ValueError) else repr(e)}") from None
+    number = next((row[k] for k in ("task_id", "question_id", "id") if k in row), i - 1)
+    try: return {"id": number, **make(row)}
+    except (ValueError, KeyError, TypeError, SyntaxError) as e:
+        said = e if isinstance(e, ValueError) else repr(e)
+        raise ValueError(f"{where}, row {i}: {said}") from None
 
 # %% ../nbs/19_benchmarks.ipynb #65ab0d89
 def _gsm8k(r):
@@ -79,63 +98,88 @@ def _gsm8k(r):
 def _math(r):
     gold = r["answer"] if r.get("answer") else boxed(r["solution"])
     if not gold: raise ValueError("its solution has no \\boxed{} answer")
-    return dict(question=r["problem"], solution=r["solution"], gold=gold, level=r.get("level"), subject=r.get("type", r.get("subject")))
+    return dict(question=r["problem"], solution=r["solution"], gold=gold, level=r.get("level"),
+                subject=r.get("type", r.get("subject")))
 
 # %% ../nbs/19_benchmarks.ipynb #4a15c78d
 def _arc_example(r):
     labels, texts = list(r["choices"]["label"]), list(r["choices"]["text"])
-    if len(labels) != len(texts) or r["answerKey"] not in labels: raise ValueError(f"its key {r['answerKey']!r} is not among {labels}")
+    if len(labels) != len(texts) or r["answerKey"] not in labels:
+        raise ValueError(f"its key {r['answerKey']!r} is not among {labels}")
     return dict(question=r["question"], labels=labels, texts=texts, gold=r["answerKey"])
 
 # %% ../nbs/19_benchmarks.ipynb #6760eab5
 def _textvqa(r):
     if not r["answers"]: raise ValueError("it has no answers")
-    return dict(question=r["question"], answers=list(r["answers"]), image=r.get("image"), image_id=r.get("image_id"))
+    return dict(question=r["question"], answers=list(r["answers"]), image=r.get("image"),
+                image_id=r.get("image_id"))
 
 # %% ../nbs/19_benchmarks.ipynb #09dbf91d
 def _humaneval(r):
     entry, tree = r["entry_point"], parse_python(r["prompt"] + "    pass\n")
-    helpers = [ast.unparse(n) for n in tree.body if not (isinstance(n, ast.FunctionDef) and n.name == entry)]
-    return dict(prompt=r["prompt"], entry=entry, solution=r["canonical_solution"], tests="\n".join([*helpers, r["test"], f"check({entry})"]))
+    asked = lambda n: isinstance(n, ast.FunctionDef) and n.name == entry
+    helpers = [ast.unparse(n) for n in tree.body if not asked(n)]
+    tests = "\n".join([*helpers, r["test"], f"check({entry})"])
+    return dict(prompt=r["prompt"], entry=entry, solution=r["canonical_solution"], tests=tests)
 
 # %% ../nbs/19_benchmarks.ipynb #d11c5f36
 def called_names(tests: str, program: str) -> tuple:
     "Names that `tests` use and the reference `program` defines: what is asked for by name."
     body = parse_python(program).body
-    defined = {n.name for n in body if isinstance(n, (ast.FunctionDef, ast.ClassDef))} | \
-              {t.id for n in body if isinstance(n, ast.Assign) for t in n.targets if isinstance(t, ast.Name)}
-    return tuple(sorted({n.id for n in ast.walk(parse_python(tests)) if isinstance(n, ast.Name)} & defined))
+    defined = {n.name for n in body if isinstance(n, (ast.FunctionDef, ast.ClassDef))}
+    targets = [t for n in body if isinstance(n, ast.Assign) for t in n.targets]
+    defined |= {t.id for t in targets if isinstance(t, ast.Name)}
+    used = {n.id for n in ast.walk(parse_python(tests)) if isinstance(n, ast.Name)}
+    return tuple(sorted(used & defined))
 
 # %% ../nbs/19_benchmarks.ipynb #d1620b83
 def _mbpp(r):
     lines = [*r.get("test_imports", []), r.get("test_setup_code", ""), *r["test_list"]]
     tests, code = "\n".join(lines).replace("\r\n", "\n"), r["code"].replace("\r\n", "\n")
-    if not (entries := called_names(tests, code)): raise ValueError("its tests call nothing that its code defines")
-    return dict(question=r.get("text", r.get("prompt")), shown=list(r["test_list"]), tests=tests, entries=entries, solution=code)
+    entries = called_names(tests, code)
+    if not entries: raise ValueError("its tests call nothing that its code defines")
+    return dict(question=r.get("text", r.get("prompt")), shown=list(r["test_list"]), tests=tests,
+                entries=entries, solution=code)
 
-_EXAMPLE = dict(gsm8k=_gsm8k, math=_math, arc=_arc_example, textvqa=_textvqa, humaneval=_humaneval, mbpp=_mbpp)
+_EXAMPLE = dict(gsm8k=_gsm8k, math=_math, arc=_arc_example, textvqa=_textvqa,
+                humaneval=_humaneval, mbpp=_mbpp)
 
 # %% ../nbs/19_benchmarks.ipynb #8c03f7f4
 SYSTEM = dict(
     math="Solve the problem step by step. Put the final answer, and nothing else, in \\boxed{}.",
-    code="You are an exceptionally intelligent coding assistant that consistently delivers accurate and reliable responses to user instructions.",
-    choice="The following are multiple choice questions (with answers). Think step by step and then finish your answer with "
-           "\"the answer is (X)\" where X is the correct letter choice.",
+    code="You are an exceptionally intelligent coding assistant that consistently delivers "
+         "accurate and reliable responses to user instructions.",
+    choice="The following are multiple choice questions (with answers). Think step by step and "
+           "then finish your answer with \"the answer is (X)\" where X is the correct letter choice.",
     vqa="Answer the question about the image with a single word or phrase.",
-    skill="Say which skill the question needs.\n- code: it asks for a program, a function or an algorithm.\n- math: it asks for a calculation, a formula or a number.\n"
-          "- reasoning: it asks for knowledge of the world and logic, often by a choice among statements.\n- other: none of these.\n"
+    skill="Say which skill the question needs.\n"
+          "- code: it asks for a program, a function or an algorithm.\n"
+          "- math: it asks for a calculation, a formula or a number.\n"
+          "- reasoning: it asks for knowledge of the world and logic, "
+          "often by a choice among statements.\n- other: none of these.\n"
           "If several fit, choose the one it needs most. Answer in this form: \\boxed{skill}")
 
 # %% ../nbs/19_benchmarks.ipynb #6e0208c7
-def ask_code(e): return f"{e['question']}\nYour code should satisfy these tests:\n\n" + "\n".join(e["shown"]) + "\n\nAnswer with one Python code block."
-def ask_function(e): return f"Complete this Python function. Answer with the whole function in one Python code block.\n\n```python\n{e['prompt']}```"
-def ask_choice(e): return e["question"] + "\nOptions:\n" + "\n".join(f"{l}. {t}" for l, t in zip(e["labels"], e["texts"]))
+def ask_code(e):
+    tests = "\n".join(e["shown"])
+    return (f"{e['question']}\nYour code should satisfy these tests:\n\n{tests}\n\n"
+            "Answer with one Python code block.")
+
+def ask_function(e):
+    return ("Complete this Python function. Answer with the whole function in one Python code "
+            f"block.\n\n```python\n{e['prompt']}```")
+
+def ask_choice(e):
+    options = (f"{l}. {t}" for l, t in zip(e["labels"], e["texts"]))
+    return "\n".join([e["question"], "Options:", *options])
 
 # %% ../nbs/19_benchmarks.ipynb #63d15f61
 def _half(source, data_dir, split):
     "Even rows of the training set to train on, odd rows to validate; the test set as it is."
-    if split in ("test", "transfer"): return list(_rows(source, "test" if "test" in SOURCES[source].files else "val", data_dir))
-    if split not in ("train", "validation"): raise ValueError(f"no split {split!r}; there are train, validation, test, transfer")
+    held_out = "test" if "test" in SOURCES[source].files else "val"
+    if split in ("test", "transfer"): return list(_rows(source, held_out, data_dir))
+    if split not in ("train", "validation"):
+        raise ValueError(f"no split {split!r}; there are train, validation, test, transfer")
     return _rows(source, "train", data_dir)[split == "validation"::2]
 
 # %% ../nbs/19_benchmarks.ipynb #cf0e07eb
@@ -149,75 +193,94 @@ def _mbpp_split(source, data_dir, split):
         pick = dict(train=first[:200], validation=first[200:], test=range(300, len(rows)))
         pick["transfer"] = pick["test"]
         if split in pick: return [rows[i] for i in pick[split]]
-    ids = dict(prompt=(1, 10), test=(11, 510), transfer=(11, 510), validation=(511, 600), train=(601, 974))
-    if split not in ids: raise ValueError(f"{source} has no split {split!r}; there are {sorted([*ids, 'all'])}")
+    ids = dict(prompt=(1, 10), test=(11, 510), transfer=(11, 510), validation=(511, 600),
+               train=(601, 974))
+    if split not in ids:
+        raise ValueError(f"{source} has no split {split!r}; there are {sorted([*ids, 'all'])}")
     return [e for e in rows if ids[split][0] <= e["id"] <= ids[split][1]]
 
 # %% ../nbs/19_benchmarks.ipynb #50c775de
 def _only_test(source, data_dir, split):
     "HumanEval has no training set: it is an unseen task."
-    if split not in ("test", "transfer"): raise ValueError(f"{source} has no split {split!r}: all its rows are test (and transfer)")
-    return list(_rows(source, "test", data_dir))
+    if split in ("test", "transfer"): return list(_rows(source, "test", data_dir))
+    raise ValueError(f"{source} has no split {split!r}: all its rows are test (and transfer)")
 
 # %% ../nbs/19_benchmarks.ipynb #2637a8d8
 def _fence(code): return f"```python\n{code}\n```"
 
 def _number_task(name, data_dir):
-    judge = judge_number if name == "gsm8k" else judge_math
-    return Task(name, partial(_half, name, data_dir), lambda e: e["question"], None, lambda e: e["solution"], SYSTEM["math"],
-                512 if name == "gsm8k" else 1024, lambda c, e: judge(c, e["gold"]))
+    judge, length = (judge_number, 512) if name == "gsm8k" else (judge_math, 1024)
+    return Task(name, partial(_half, name, data_dir), lambda e: e["question"],
+                answer=lambda e: e["solution"], system=SYSTEM["math"], max_new_tokens=length,
+                verify=lambda c, e: judge(c, e["gold"]))
 
 # %% ../nbs/19_benchmarks.ipynb #80c2ef10
 def _choice_task(name, data_dir):
-    return Task(name, partial(_half, name, data_dir), ask_choice, None, lambda e: f"The answer is ({e['gold']})", SYSTEM["choice"], 512,
-                lambda c, e: judge_choice(c, e["gold"], e["labels"], e["texts"]))
+    return Task(name, partial(_half, name, data_dir), ask_choice,
+                answer=lambda e: f"The answer is ({e['gold']})", system=SYSTEM["choice"],
+                max_new_tokens=512,
+                verify=lambda c, e: judge_choice(c, e["gold"], e["labels"], e["texts"]))
 
 # %% ../nbs/19_benchmarks.ipynb #28035771
 def _mbpp_task(name, data_dir):
-    return Task(name, partial(_mbpp_split, name, data_dir), ask_code, None, lambda e: _fence(e["solution"]), SYSTEM["code"], 512,
-                lambda c, e: judge_code(find_code(c, e["entries"][0]), e["tests"], e["entries"]))
+    def verify(c, e): return judge_code(find_code(c, e["entries"][0]), e["tests"], e["entries"])
+    return Task(name, partial(_mbpp_split, name, data_dir), ask_code, verify=verify,
+                answer=lambda e: _fence(e["solution"]), system=SYSTEM["code"], max_new_tokens=512)
 
 # %% ../nbs/19_benchmarks.ipynb #543f3362
 def _humaneval_task(name, data_dir):
-    return Task(name, partial(_only_test, name, data_dir), ask_function, None, lambda e: _fence(e["prompt"] + e["solution"]), SYSTEM["code"], 512,
-                lambda c, e: judge_code(complete_function(e["prompt"], c, e["entry"]), e["tests"], (e["entry"],)))
+    def verify(c, e):
+        return judge_code(complete_function(e["prompt"], c, e["entry"]), e["tests"], (e["entry"],))
+    return Task(name, partial(_only_test, name, data_dir), ask_function, verify=verify,
+                answer=lambda e: _fence(e["prompt"] + e["solution"]), system=SYSTEM["code"],
+                max_new_tokens=512)
 
 # %% ../nbs/19_benchmarks.ipynb #1b551212
 def _textvqa_task(name, data_dir):
-    def examples(split): return [{**e, "image": e["image"] or _image(data_dir, e["image_id"])} for e in _half(name, data_dir, split)]
-    return Task(name, examples, lambda e: e["question"], None, lambda e: max(e["answers"], key=e["answers"].count), SYSTEM["vqa"], 32, lambda c, e: judge_vqa(c, e["answers"]))
+    def examples(split):
+        rows = _half(name, data_dir, split)
+        return [e | dict(image=e["image"] or _image(data_dir, e["image_id"])) for e in rows]
+    return Task(name, examples, lambda e: e["question"],
+                answer=lambda e: max(e["answers"], key=e["answers"].count), system=SYSTEM["vqa"],
+                max_new_tokens=32, verify=lambda c, e: judge_vqa(c, e["answers"]))
 
 # %% ../nbs/19_benchmarks.ipynb #8b30da33
 def _image(data_dir, image_id):
     "The path of an image below data_dir/textvqa, or None when it is not there."
-    names = [Path(data_dir or ".") / "textvqa" / d / f"{image_id}.jpg" for d in ("images", "train_images", "train_val_images/train_images")]
+    folders = "images", "train_images", "train_val_images/train_images"
+    names = [Path(data_dir or ".") / "textvqa" / d / f"{image_id}.jpg" for d in folders]
     return next((str(p) for p in names if p.is_file()), None)
 
 # %% ../nbs/19_benchmarks.ipynb #c676c23d
 SKILLS = dict(gsm8k="math", mbpp="code", arc_easy="reasoning")
 
 def _skill_rows(data_dir, split, per_skill=400):
-    "Prompts of the three training tasks, labelled by skill, in turn; the test rows of those tasks are never read."
-    if split not in ("train", "validation", "test"): raise ValueError(f"cls has no split {split!r}; there are train, validation, test")
+    "Prompts of the three training tasks, labelled by skill, in turn; never one of their test rows."
+    if split not in ("train", "validation", "test"):
+        raise ValueError(f"cls has no split {split!r}; there are train, validation, test")
     columns = []
     for name, skill in SKILLS.items():
         task = benchmark(name, data_dir)
         rows = task.examples("train" if split == "train" else "validation")
         if split != "train": rows = rows[split == "test"::2]
-        columns.append([dict(id=f"{name}/{e['id']}", question=task.prompt(e), gold=skill) for e in rows[:per_skill]])
+        columns.append([dict(id=f"{name}/{e['id']}", question=task.prompt(e), gold=skill)
+                        for e in rows[:per_skill]])
     return [e for row in zip(*columns) for e in row]
 
 # %% ../nbs/19_benchmarks.ipynb #f2746c9d
 def judge_skill(completion: str, gold: str) -> Verdict:
     "Correct when the last box names the skill."
     said = boxed(answer_region(completion))
-    said = re.sub(r"\\text\s*\{([^}]*)\}|[^\w]", lambda m: m[1] or "", said).lower() if said is not None else None
-    return Verdict(1. if said == gold else -1., said == gold, said, gold, f"{said or 'no box'}; the skill is {gold}")
+    if said is not None:
+        said = re.sub(r"\\text\s*\{([^}]*)\}|[^\w]", lambda m: m[1] or "", said).lower()
+    ok, why = said == gold, f"{said or 'no box'}; the skill is {gold}"
+    return Verdict(1. if ok else -1., ok, said, gold, why)
 
 # %% ../nbs/19_benchmarks.ipynb #c59264cc
 def _skill_task(name, data_dir):
-    return Task(name, partial(_skill_rows, data_dir), lambda e: e["question"], None, lambda e: f"\\boxed{{{e['gold']}}}", SYSTEM["skill"], 64,
-                lambda c, e: judge_skill(c, e["gold"]))
+    return Task(name, partial(_skill_rows, data_dir), lambda e: e["question"],
+                answer=lambda e: f"\\boxed{{{e['gold']}}}", system=SYSTEM["skill"],
+                max_new_tokens=64, verify=lambda c, e: judge_skill(c, e["gold"]))
 
 # %% ../nbs/19_benchmarks.ipynb #cea3d294
 BENCHMARKS = dict(gsm8k=_number_task, math=_number_task, mbpp=_mbpp_task, mbpp_sanitized=_mbpp_task,

@@ -4,14 +4,14 @@
 
 # %% auto #0
 __all__ = ['LAB', 'wilson', 'mcnemar', 'bootstrap', 'item_id', 'items_digest', 'check_same_items', 'Paired', 'paired', 'Result',
-           'make_result', 'write_atomic', 'save', 'load', 'fingerprint', 'batches_of', 'batch_seed', 'mixed',
-           'answer_batch', 'check_settings', 'read_partial', 'settings_of', 'run_facts', 'versions', 'peak_memory',
-           'evaluate', 'plot_accuracy', 'plot_paired', 'student_t', 'Summary', 'summarise', 'base_name', 'licence_of',
-           'stated_licence', 'cached_folder', 'look_up', 'score_table', 'caution', 'load_lines', 'fact_lines',
-           'model_card']
+           'make_result', 'write_atomic', 'append_lines', 'save', 'is_part', 'sweep_up', 'check_writable', 'load',
+           'fingerprint', 'batches_of', 'batch_seed', 'mixed', 'answer_batch', 'check_settings', 'read_partial',
+           'settings_of', 'run_facts', 'versions', 'peak_memory', 'evaluate', 'plot_accuracy', 'plot_paired',
+           'student_t', 'Summary', 'summarise', 'base_name', 'licence_of', 'stated_licence', 'cached_folder', 'look_up',
+           'score_table', 'caution', 'load_lines', 'fact_lines', 'model_card']
 
 # %% ../nbs/08_evaluate.ipynb #6c58ccff
-import hashlib, json, math, os, platform, random, re, shlex, sys, time
+import hashlib, json, math, os, platform, random, re, shlex, shutil, sys, time
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
@@ -123,14 +123,28 @@ def make_result(items: list[dict], settings: dict, run: dict = None) -> Result:
     return Result(k / n, *wilson(k, n), n, k, mean(i["score"] for i in items), items_digest(items), items, settings, run or {})
 
 # %% ../nbs/08_evaluate.ipynb #d6e934c2
-def write_atomic(path: Path, text: str) -> None:
+def write_atomic(path: Path, content: str | bytes) -> None:
     "Write a file so that no reader ever sees half of it."
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{os.getpid()}")
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        with open(part, "w", encoding="utf-8", newline="\n") as f: f.write(text); f.flush(); os.fsync(f.fileno())
+        with open(part, "wb") as f:
+            f.write(content.encode() if isinstance(content, str) else content)
+            f.flush()
+            os.fsync(f.fileno())
         os.replace(part, path)
     finally: part.unlink(missing_ok=True)
+
+def append_lines(path: Path, text: str) -> None:
+    "Add whole lines to a file, all the way to the disk; none of them where it is full."
+    with open(path, "ab", buffering=0) as f:
+        before, rest = f.tell(), text.encode()
+        try:
+            while rest: rest = rest[f.write(rest):]
+            os.fsync(f.fileno())
+        except OSError:
+            f.truncate(before)
+            raise
 
 def _lines(items: list[dict]) -> str: return "".join(json.dumps(i, ensure_ascii=False) + "\n" for i in items)
 
@@ -138,6 +152,24 @@ def save(result: Result, out: str | Path) -> None:
     "Write items.jsonl and, last, result.json: where that exists, the evaluation is complete."
     write_atomic(Path(out) / "items.jsonl", _lines(result.items))
     write_atomic(Path(out) / "result.json", json.dumps(result.to_json(), indent=1, ensure_ascii=False) + "\n")
+
+# %% ../nbs/08_evaluate.ipynb #855e93e2
+def is_part(path: Path) -> bool:
+    "Whether a file or folder is what a killed process left of a write."
+    return path.name.startswith(".") and path.name.endswith(".part")
+
+def sweep_up(folder: Path) -> None:
+    "Remove what killed processes left behind."
+    for p in filter(is_part, folder.iterdir() if folder.is_dir() else ()):
+        if p.is_dir(): shutil.rmtree(p)
+        else: p.unlink(missing_ok=True)
+
+def check_writable(out: Path) -> None: # raises OSError that says why
+    "Refuse a folder that cannot be made or written to, before any work is done for it."
+    there = next(p for p in (out, *out.absolute().parents) if p.exists())
+    if not there.is_dir(): raise NotADirectoryError(f"{out} cannot be a folder: {there} is a file")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise PermissionError(f"{out} cannot be written: {there} is read-only for this user")
 
 # %% ../nbs/08_evaluate.ipynb #68375887
 def load(out: str | Path) -> Result:
@@ -224,8 +256,8 @@ def read_partial(out: Path, settings: dict, batches: list[list[int]]) -> dict: #
     return {j: done[j] for j in whole}
 
 def _append(out: Path, rows: list[dict]) -> None:
-    "Add a batch to the partial file, all the way to the disk."
-    with open(out / "items.partial.jsonl", "a", encoding="utf-8", newline="\n") as f: f.write(_lines(rows)); f.flush(); os.fsync(f.fileno())
+    "Add a batch to the partial file."
+    append_lines(out / "items.partial.jsonl", _lines(rows))
 
 # %% ../nbs/08_evaluate.ipynb #52a1be4d
 def settings_of(model, tokenizer, task, prompts, strategy, split, batch_size, temperature, top_p, top_k, seed, max_new_tokens) -> dict: # JSON-ready
@@ -295,11 +327,14 @@ def _begin(out, settings: dict, batches: list[list[int]], overwrite: bool) -> tu
     "What the output folder already knows."
     if out is None: return None, {}
     out = Path(out)
+    check_writable(out)
+    sweep_up(out)
     if overwrite:
         for name in ("result.json", "items.jsonl", "items.partial.jsonl"): (out / name).unlink(missing_ok=True)
     if (out / "result.json").is_file():
         result = load(out)
         check_settings(result.settings, settings, out)
+        (out / "items.partial.jsonl").unlink(missing_ok=True)    # killed just before this line
         return result, {}
     return None, read_partial(out, settings, batches)
 

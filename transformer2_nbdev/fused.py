@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .adapter import (SvfLayer, basis, check_unshared, delta, is_conv1d, svf_layers,
-                                        weight_of)
+from .adapter import (SvfLayer, basis, check_unshared, delta, is_conv1d,
+                                        svf_layers, weight_of)
 from .svf import compose, grad_from_square, usable
 
 # %% ../nbs/03_fused.ipynb #9793e509
@@ -57,7 +57,8 @@ class Step:
 
     def add(self, a: torch.Tensor, b: torch.Tensor) -> None: # (..., r) each
         "M += sum_t a_t b_t^T"
-        if self.left: raise RuntimeError("the step is over and z's gradient is lost: call backward inside fused")
+        if self.left:
+            raise RuntimeError("the step is over and z's gradient lost: call backward inside fused")
         a, b = a.reshape(-1, a.shape[-1]), b.reshape(-1, b.shape[-1])
         if self.M is None:
             wide = torch.promote_types(a.dtype, torch.float32)
@@ -76,7 +77,8 @@ class Step:
 def dense(step: Step, layer: SvfLayer, x: torch.Tensor) -> torch.Tensor:
     "Forward inside a step: W' as it stands, or the original W where the adapters are off"
     base, off = layer.get_base_layer(), layer.disable_adapters
-    if not off and not (torch.is_grad_enabled() and step.z.requires_grad): return layer.base_layer(x)
+    learning = torch.is_grad_enabled() and step.z.requires_grad
+    if not off and not learning: return layer.base_layer(x)
     W, bias = step.weight if off else base.weight, getattr(base, "bias", None)
     W = W.T if is_conv1d(layer) else W
     return F.linear(x, W, bias) if off else _Dense.apply(x, step.leaf, W.detach(), bias, step)
@@ -103,7 +105,7 @@ def check_fused(model: nn.Module) -> dict[str, SvfLayer]: # the model's SVF laye
     "Raise ValueError with the reason where W' cannot stand in W's place"
     layers = svf_layers(model)
     if not layers:
-        raise ValueError("fused needs a model with SVF adapters: train other PEFT methods without it")
+        raise ValueError("fused needs a model with SVF adapters: train other methods without it")
     for n, l in layers.items():
         if why := obstacle(l): raise ValueError(why.format(name=n))
     check_unshared(model, "fused cannot write W' into")
@@ -112,7 +114,8 @@ def check_fused(model: nn.Module) -> dict[str, SvfLayer]: # the model's SVF laye
 def obstacle(layer: SvfLayer) -> str | None: # the reason, with {name} for the module's name
     "Why W' cannot be written into this layer, if so"
     if layer.quantization_backend is not None:
-        return "fused cannot write W' into {name}: its weight is quantised; train with the additive form"
+        return ("fused cannot write W' into {name}: its weight is quantised; "
+                "train with the additive form")
     if layer.merged:
         return "fused cannot be used while an adapter is merged: call unmerge_adapter() first"
     if layer._mix is not None:
@@ -132,7 +135,7 @@ def can_fuse(model: nn.Module) -> bool:
 def fused(model: nn.Module,   # a PEFT model with SVF adapters; the active ones are composed
           sync: bool = True   # average the gradients over torch.distributed's processes, like DDP
          ) -> Iterator[nn.Module]:
-    "One optimizer step on dense W': z.grad is filled on exit, and the base is back even after an error"
+    "One optimizer step on dense W': on exit z.grad is filled, and the base is back in any case"
     layers, ok = check_fused(model), False
     try:
         for l in layers.values(): enter_step(l)

@@ -20,19 +20,19 @@ from .adapter import (SvfLayer, as_weights, block_index, check_names, mix_layer,
 def check_mixture(model: nn.Module,
                   weights,                      # nested lists or a tensor
                   experts: list[str] | None     # None: all SVF adapters, in loading order
-                 ) -> tuple[dict[str, SvfLayer], torch.Tensor, list[str]]: # layers, weights, experts
-    "Everything that can be wrong with a mixture, said in one line each"
+                 ) -> tuple[dict[str, SvfLayer], torch.Tensor, list[str]]:
+    "Layers, weights and experts; or what is wrong with them, in one line"
     layers = svf_layers(model)
     if not layers:
         raise ValueError("mixture needs a model with SVF adapters: wrap it with SvfConfig or "
                          "load experts first")
     experts, weights = check_names(model, experts), as_weights(weights)
     if weights.dim() not in (1, 2, 3) or weights.shape[-1] != len(experts):
-        raise ValueError(f"mixture weights have shape {tuple(weights.shape)}: expected (K,), (B, K) or "
-                         f"(B, L, K) with K={len(experts)} experts {experts}")
+        raise ValueError(f"mixture weights have shape {tuple(weights.shape)}: expected (K,), "
+                         f"(B, K) or (B, L, K) with K={len(experts)} experts {experts}")
     if whole := [e for e in experts if model.peft_config[e].modules_to_save]:
-        warnings.warn(f"a mixture mixes z alone: the modules_to_save of {', '.join(whole)} are not mixed, the "
-                      "active adapter's answer for every sample")
+        warnings.warn(f"a mixture mixes z alone: the modules_to_save of {', '.join(whole)} are not "
+                      "mixed, the active adapter's answer for every sample")
     return layers, weights, experts
 
 # %% ../nbs/04_mixture.ipynb #7a98ae32
@@ -57,7 +57,10 @@ def block_of(name: str) -> str | None: # "model.layers.11"; None outside of all 
 
 # %% ../nbs/04_mixture.ipynb #2698cdc0
 @contextmanager
-def remembered(model: nn.Module, layers: dict[str, SvfLayer], rows: dict[str, torch.Tensor]) -> Iterator[None]:
+def remembered(model: nn.Module,
+               layers: dict[str, SvfLayer],
+               rows: dict[str, torch.Tensor] # {module name: (k,) or (B, k)}
+              ) -> Iterator[None]:
     "Have checkpointed blocks put these rows in place again whenever their forward is repeated"
     def keeping(checkpoint: Callable) -> Callable:
         def call(forward, *args, **kwargs):
@@ -76,9 +79,9 @@ def remembered(model: nn.Module, layers: dict[str, SvfLayer], rows: dict[str, to
 # %% ../nbs/04_mixture.ipynb #4581eb36
 @contextmanager
 def mixture(model: nn.Module,                 # a PEFT model with several SVF adapters
-            weights,                          # (K,), (B, K), (B, L, K); tensor (may require grad) or lists
-            experts: list[str] | None = None, # names in the order of K; None: all loaded, in loading order
-            form: str = "delta"               # "delta": 1 + sum a (z - 1); "sum": sum a z, the paper's
+            weights,                          # (K,), (B, K), (B, L, K); lists or a tensor
+            experts: list[str] | None = None, # names in the order of K; None: all, in loading order
+            form: str = "delta"               # "delta": 1 + sum a (z - 1); "sum": the paper's
            ) -> Iterator[nn.Module]:
     "Inside, forward and generate answer with the given mixture of experts, sample by sample"
     layers, weights, experts = check_mixture(model, weights, experts)

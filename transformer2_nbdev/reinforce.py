@@ -4,17 +4,18 @@
 
 # %% auto #0
 __all__ = ['PAPER', 'OFFICIAL', 'CHOICES', 'AT_LEAST', 'ABOVE', 'STATE', 'FREE', 'advantages', 'kl_per_token', 'kl_to_go',
-           'reference', 'policy_loss', 'AskConfig', 'ObjectiveConfig', 'ReinforceConfig', 'check_config',
-           'check_sampling', 'seed_of', 'batch_rows', 'chunks', 'world', 'join_world', 'exchange', 'sum_gradients',
-           'Run', 'snapshot', 'restore', 'begin', 'collect', 'judged', 'autocast', 'in_mode', 'micro_batches', 'learn',
-           'add_sums', 'pays', 'stepping', 'mean', 'policy_step', 'lr_at', 'Diverged', 'update', 'probe', 'val_plan',
-           'validate', 'score', 'validations', 'best_step', 'stale', 'write', 'save_state', 'save_metrics',
-           'load_state', 'save_adapter', 'until_interrupted', 'loop', 'check_run', 'check_model', 'check_folder',
-           'start', 'one_step', 'summary', 'scalar_writer', 'write_down', 'History', 'plot_history', 'record', 'finish',
-           'go', 'rescue', 'train_expert', 'gold_batch', 'answer_step', 'sft']
+           'reference', 'policy_loss', 'setting', 'AskConfig', 'ObjectiveConfig', 'ReinforceConfig', 'rate_of',
+           'check_config', 'check_sampling', 'Run', 'snapshot', 'restore', 'begin', 'seed_of', 'batch_rows', 'chunks',
+           'world', 'join_world', 'exchange', 'sum_gradients', 'collect', 'judged', 'autocast', 'in_mode',
+           'micro_batches', 'learn', 'add_sums', 'pays', 'stepping', 'mean', 'some_rows', 'policy_step', 'pace',
+           'Diverged', 'update', 'adam', 'moved', 'trusted', 'probe', 'val_plan', 'validate', 'score', 'validations',
+           'best_step', 'stale', 'one_step', 'until_interrupted', 'loop', 'History', 'plot_history', 'write',
+           'save_state', 'save_metrics', 'load_state', 'disk_errors', 'save_adapter', 'check_run', 'check_model',
+           'check_folder', 'start', 'summary', 'scalar_writer', 'write_down', 'record', 'finish', 'go', 'rescue',
+           'train_expert', 'gold_batch', 'answer_step', 'sft']
 
 # %% ../nbs/09_reinforce.ipynb #07c6dcfd
-import hashlib, importlib.util, json, math, os, random, shlex, signal, sys, tempfile
+import hashlib, importlib.util, io, json, math, os, random, re, shlex, signal, sys, tempfile
 import threading, time
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
@@ -28,12 +29,13 @@ from tqdm.auto import tqdm
 
 from . import progress_bar
 from .adapter import svf_layers
-from .evaluate import (base_name, item_id, licence_of, make_result, model_card,
-                                         peak_memory, save, versions, write_atomic)
 from .fused import can_fuse, check_fused, fused
+from .evaluate import (append_lines, base_name, check_writable, is_part, item_id,
+                                         licence_of, make_result, model_card, peak_memory, save,
+                                         sweep_up, versions, write_atomic)
 from .rollout import (Rollouts, check_room, encode, entropy, eos_ids, forked_rng,
                                         inner, items_of, pad_id, pad_left, rollout, token_logprobs,
-                                        vocab_logprobs)
+                                        undisturbed, vocab_logprobs)
 from .tasks import Task, render
 
 # %% ../nbs/09_reinforce.ipynb #1c0ac679
@@ -106,63 +108,74 @@ def policy_loss(model: nn.Module,
     return loss, dict(loss=loss.sum().item(), kl=kl.sum().item(), entropy=h.sum().item(),
                       gap=gap.max().item(), to_go=to_go.sum(0), places=kept.sum(0))
 
+# %% ../nbs/09_reinforce.ipynb #598ae3d5
+def setting(default,
+            help: str    # what it does, in one sentence
+           ):            # a dataclass field
+    "A field that carries its own documentation"
+    return field(default=default, metadata=dict(help=help))
+
 # %% ../nbs/09_reinforce.ipynb #624c1896
 @dataclass(kw_only=True)
 class AskConfig:
     "How rollouts and validations are asked for"
-    batch_size: int = 64             # rollouts per optimizer step, over all processes
-    samples: int = 1                 # completions per prompt; batch_size / samples prompts a batch
-    temperature: float = 1.          # of the rollouts; 0 is greedy
-    top_p: float = 1.                # of the rollouts; below 1 they are no longer the policy's own
-    max_new_tokens: int = None       # None: the task's own
-    rollout_batch: int = 64          # completions generated at once: the unit of randomness, and of
-                                     # work for a process
-    val_every: int = 5               # steps between validations; 0: only before the first and after
-                                     # the last step
-    val_limit: int = 256             # validation prompts
-    val_samples: int = None          # completions per validation prompt; None: 1, or more where
-                                     # there are fewer than 64 prompts
-    val_temperature: float = None    # of the validation; None: greedy for one completion per
-                                     # prompt, else that of the rollouts
-    patience: int = None             # stop after this many validations without a better one; None
-                                     # runs all steps
+    batch_size: int = setting(64, "rollouts per optimizer step, over all processes")
+    samples: int = setting(1, "completions per prompt; batch_size / samples prompts a batch")
+    temperature: float = setting(1., "of the rollouts; 0 is greedy")
+    top_p: float = setting(1., "of the rollouts; below 1 they are no longer the policy's own")
+    max_new_tokens: int | None = setting(None, "tokens of an answer; none: as the task says")
+    rollout_batch: int = setting(64, "completions generated at once: the unit of randomness, and "
+                                     "of work for a process")
+    val_every: int = setting(5, "steps between validations; 0: only before the first step and "
+                                "after the last")
+    val_limit: int = setting(256, "validation prompts, at most")
+    val_samples: int | None = setting(None, "completions per validation prompt; none: 1, or more "
+                                            "where there are fewer than 64 prompts")
+    val_temperature: float | None = setting(None, "of the validation; none: greedy for one "
+                                                  "completion per prompt, else the rollouts'")
+    patience: int | None = setting(None, "stop after this many validations without a better one; "
+                                         "none runs all steps")
 
 # %% ../nbs/09_reinforce.ipynb #a4ccc70f
 @dataclass(kw_only=True)
 class ObjectiveConfig:
     "What the gradient is of"
-    advantage: str = "batch"         # "none" | "batch" | "leave-one-out" | "group"
-    reduction: str = "sequence"      # "sequence": sum over tokens, mean over rollouts;
-                                     # "token": mean over tokens
-    kl: float = 0.1                  # lambda
-    kl_of: str = "policy"            # "policy": KL(policy || base); "base": KL(base || policy)
-    kl_path: bool = True             # the KL's gradient includes the choice of the path, and is
-                                     # exact; False: the places only, as many libraries
-    track_kl: bool = True            # measure the KL even where kl = 0, for one forward pass
-                                     # without gradient
-    max_kl: float = 10.              # a mean KL per token above this counts as diverged (nats);
-                                     # None never does
+    advantage: str = setting("batch", "what a reward is compared with")
+    reduction: str = setting("sequence", "sequence: sum over the tokens of an answer, mean over "
+                                         "answers; token: mean over all tokens")
+    kl: float = setting(0.1, "weight of the divergence from the base (lambda)")
+    kl_of: str = setting("policy", "policy: KL(policy || base); base: KL(base || policy)")
+    kl_path: bool = setting(True, "let the gradient of the KL include the choice of the path, "
+                                  "which makes it exact; many libraries leave it out")
+    track_kl: bool = setting(True, "measure the KL even where its weight is 0, for one forward "
+                                   "pass without gradient")
+    max_kl: float | None = setting(10., "a mean KL per token above this counts as diverged "
+                                        "(nats); none never does")
 
 # %% ../nbs/09_reinforce.ipynb #81fa4c3a
 @dataclass(kw_only=True)
 class ReinforceConfig(AskConfig, ObjectiveConfig):
-    "How to train. The defaults suit a small model and a reward of -1 or +1"
-    steps: int = 50                  # optimizer steps
-    lr: float = 1e-2                 # peak learning rate of AdamW
-    warmup: int = 0                  # steps over which it rises
-    schedule: str = "constant"       # "constant", or "cosine" down to 0
-    weight_decay: float = 0.         # pulls d = z - 1 toward 0, which is the base
-    max_grad_norm: float = 1.        # clip the gradient to this norm; None leaves it alone
-    micro_batch: int = None          # rows per forward and backward pass; None: rollout_batch
-    fused: bool | str = "auto"       # SVF on dense W' within a step: True, False, or "auto", when
-                                     # it pays
-    autocast: str = None             # None or "bf16": mixed precision, for rollouts too
-    dropout: bool = False            # train with the model's and the adapter's dropout on
-    save_every: int = 1              # steps between writes of the state
-    seed: int = 0                    # everything random follows from it
-    tensorboard: bool = False        # also write TensorBoard events
+    "How to train. The defaults suit a reward of -1 or +1"
+    steps: int = setting(50, "optimizer steps")
+    lr: float | str = setting("auto", "peak learning rate of AdamW; auto: what moves the policy by "
+                                      "step_kl in the first step, and never much more later")
+    step_kl: float = setting(0.004, "how far one step may move the policy, in nats per token")
+    warmup: int = setting(0, "steps over which it rises")
+    schedule: str = setting("constant", "what it does then; cosine falls to 0")
+    weight_decay: float = setting(0., "pulls d = z - 1 toward 0, which is the base")
+    max_grad_norm: float | None = setting(1., "clip the gradient to this norm; none: do not")
+    micro_batch: int | None = setting(None, "rows per forward and backward pass; none: all of "
+                                            "rollout_batch")
+    fused: bool | str = setting("auto", "SVF on dense W' within a step; auto: when it pays")
+    autocast: str | None = setting(None, "bf16: mixed precision, for rollouts too")
+    dropout: bool = setting(False, "train with the model's and the adapter's dropout on")
+    save_every: int = setting(1, "steps between writes of the state")
+    seed: int = setting(0, "everything random follows from it")
+    tensorboard: bool = setting(False, "also write TensorBoard events")
 
-    def __post_init__(self): check_config(self)
+    def __post_init__(self):
+        self.lr = rate_of(self.lr)
+        check_config(self)
 
     @classmethod
     def paper(cls, **kwargs) -> "ReinforceConfig": return cls(**PAPER | kwargs)
@@ -181,8 +194,13 @@ CHOICES = dict(schedule=("cosine", "constant"), kl_of=("policy", "base"),
                autocast=(None, "bf16"))
 AT_LEAST = dict(steps=1, batch_size=1, samples=1, warmup=0, weight_decay=0, kl=0, temperature=0,
                 rollout_batch=1, val_every=0, val_limit=1, save_every=1)
-ABOVE = dict(lr=0, max_grad_norm=0, max_kl=0, top_p=0, max_new_tokens=0, micro_batch=0, patience=0,
-             val_samples=0)
+ABOVE = dict(lr=0, step_kl=0, max_grad_norm=0, max_kl=0, top_p=0, max_new_tokens=0, micro_batch=0,
+             patience=0, val_samples=0)
+
+def rate_of(lr: float | str) -> float | str: # a number, or "auto"
+    "A learning rate as it comes from a command line"
+    try: return lr if lr == "auto" else float(lr)
+    except ValueError: raise ValueError(f'lr={lr!r}: give a number above 0, or "auto"') from None
 
 def check_config(c: ReinforceConfig) -> None: # raises ValueError naming the field
     "Everything that can be wrong with a config, said in one line each"
@@ -194,7 +212,7 @@ def check_config(c: ReinforceConfig) -> None: # raises ValueError naming the fie
         if not low <= x < math.inf: raise ValueError(f"{k}={x}: must be at least {low}")
     for k, low in ABOVE.items():
         x = getattr(c, k)
-        if x is not None and not low < x < math.inf:
+        if x not in (None, "auto") and not low < x < math.inf:
             raise ValueError(f"{k}={x}: must be above {low}")
     check_sampling(c)
 
@@ -212,9 +230,59 @@ def check_sampling(c: ReinforceConfig) -> None: # raises ValueError naming the f
             c.advantage in ("batch", "leave-one-out") and c.batch_size < 2,
         f"val_temperature={c.val_temperature}: must be at least 0": (c.val_temperature or 0) < 0,
         "val_samples > 1 needs a temperature above 0: greedy completions are all alike":
-            (c.val_samples or 1) > 1 and hot == 0}
+            (c.val_samples or 1) > 1 and hot == 0,
+        f"seed={c.seed}: must fit in 63 bits": not 0 <= abs(c.seed) < 2**63}
     for message, applies in wrong.items():
         if applies: raise ValueError(message)
+
+# %% ../nbs/09_reinforce.ipynb #0b2fdb48
+@dataclass
+class Run:
+    "One training run: what it works on, and how far it has come"
+    model: nn.Module
+    tokenizer: object
+    task: Task
+    config: ReinforceConfig
+    out: Path | None = None
+    train: list = field(default_factory=list)       # examples
+    validation: list = field(default_factory=list)
+    step: int = 0                                   # optimizer steps done
+    metrics: list = field(default_factory=list)     # a dict per step; step 0 is the untouched model
+    best: dict = field(default_factory=dict)        # {name: tensor} of the best validation
+    good: dict = field(default_factory=dict)        # of the last step that ended well
+    ahead: torch.Tensor = None                      # (T,) mean of `kl_to_go` in the last step
+    rate: float = None                              # the learning rate that `lr="auto"` found
+    places: tuple = None                            # ids, mask, prompt_len, temperature: some rows
+                                                    # of the batch, to measure the step on
+    seconds: float = 0.
+
+    def __post_init__(self):
+        self.params = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
+        if self.params:
+            decay = self.config.weight_decay
+            self.optimizer = torch.optim.AdamW(self.params.values(), weight_decay=decay)
+
+    @property
+    def tokens(self) -> int: return self.config.max_new_tokens or self.task.max_new_tokens
+
+# %% ../nbs/09_reinforce.ipynb #2ca29ee3
+def snapshot(run: Run) -> dict: # {name: tensor}, copies
+    "The trained parameters as they are"
+    return {n: p.detach().clone() for n, p in run.params.items()}
+
+@torch.no_grad()
+def restore(run: Run, values: dict) -> None:
+    "Put trained parameters back"
+    for n, p in run.params.items(): p.copy_(values[n])
+
+# %% ../nbs/09_reinforce.ipynb #2e4fafd9
+def begin(model, tokenizer, task: Task, config: ReinforceConfig, out: str | Path | None) -> Run:
+    "A run with its examples: all of the training split, and `val_limit` validation prompts"
+    join_world()
+    validation = list(task.examples("validation"))
+    validation = random.Random(0).sample(validation, min(config.val_limit, len(validation)))
+    out = None if out is None else Path(out)
+    return Run(model, tokenizer, task, config, out, list(task.examples("train")), validation)
 
 # %% ../nbs/09_reinforce.ipynb #1bd79f01
 def seed_of(*parts) -> int: # 63 bits
@@ -267,52 +335,6 @@ def sum_gradients(params: list[nn.Parameter]) -> None:
     dist.all_reduce(flat)
     parts = flat.split([p.numel() for p in params])
     for p, g in zip(params, parts): p.grad.copy_(g.view_as(p))
-
-# %% ../nbs/09_reinforce.ipynb #0b2fdb48
-@dataclass
-class Run:
-    "One training run: what it works on, and how far it has come"
-    model: nn.Module
-    tokenizer: object
-    task: Task
-    config: ReinforceConfig
-    out: Path | None = None
-    train: list = field(default_factory=list)       # examples
-    validation: list = field(default_factory=list)
-    step: int = 0                                   # optimizer steps done
-    metrics: list = field(default_factory=list)     # a dict per step; step 0 is the untouched model
-    best: dict = field(default_factory=dict)        # {name: tensor} of the best validation
-    good: dict = field(default_factory=dict)        # of the last step that ended well
-    ahead: torch.Tensor = None                      # (T,) mean of `kl_to_go` in the last step
-    seconds: float = 0.
-
-    def __post_init__(self):
-        self.params = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
-        lr, decay = self.config.lr, self.config.weight_decay
-        if self.params:
-            self.optimizer = torch.optim.AdamW(self.params.values(), lr=lr, weight_decay=decay)
-
-    @property
-    def tokens(self) -> int: return self.config.max_new_tokens or self.task.max_new_tokens
-
-# %% ../nbs/09_reinforce.ipynb #2ca29ee3
-def snapshot(run: Run) -> dict: # {name: tensor}, copies
-    "The trained parameters as they are"
-    return {n: p.detach().clone() for n, p in run.params.items()}
-
-@torch.no_grad()
-def restore(run: Run, values: dict) -> None:
-    "Put trained parameters back"
-    for n, p in run.params.items(): p.copy_(values[n])
-
-# %% ../nbs/09_reinforce.ipynb #2e4fafd9
-def begin(model, tokenizer, task: Task, config: ReinforceConfig, out: str | Path | None) -> Run:
-    "A run with its examples: all of the training split, and `val_limit` validation prompts"
-    join_world()
-    validation = list(task.examples("validation"))
-    validation = random.Random(0).sample(validation, min(config.val_limit, len(validation)))
-    out = None if out is None else Path(out)
-    return Run(model, tokenizer, task, config, out, list(task.examples("train")), validation)
 
 # %% ../nbs/09_reinforce.ipynb #84a41aa3
 def collect(run: Run,
@@ -407,6 +429,11 @@ def stepping(run: Run):
 # %% ../nbs/09_reinforce.ipynb #783d2728
 def mean(xs) -> float: return sum(xs) / max(len(xs), 1)
 
+def some_rows(r: Rollouts, most: int = 32) -> tuple: # ids, mask, prompt_len, temperature
+    "Rows of a batch to measure its step on: enough for an average over places"
+    r = r[list(range(min(most, len(r))))]
+    return r.ids, r.mask, r.prompt_len, r.temperature
+
 def policy_step(run: Run) -> dict: # metrics
     "Roll out, judge, and fill .grad with the gradient of the objective"
     c = run.config
@@ -417,6 +444,7 @@ def policy_step(run: Run) -> dict: # metrics
         A, n = advantages(torch.tensor(seen["reward"]), c.advantage, c.samples), sum(seen["tokens"])
         size = n if c.reduction == "token" else len(rows)
         parts = exchange(lambda: learn(run, mine, A, 1 / size))
+    run.places = some_rows(next(iter(mine.values())))
     total = {k: (max if k == "gap" else sum)(p[k] for p in parts) for k in parts[0]}
     run.ahead = total["to_go"] / total["places"].clamp(min=1)
     return dict(reward=mean(seen["reward"]), accuracy=mean(seen["correct"]), kl=total["kl"] / n,
@@ -424,11 +452,10 @@ def policy_step(run: Run) -> dict: # metrics
                 finished=mean(seen["finished"]), gap=total["gap"])
 
 # %% ../nbs/09_reinforce.ipynb #502cfac6
-def lr_at(c: ReinforceConfig, step: int) -> float:
-    "Learning rate of a step: linear warm-up, then half a cosine down to 0"
-    rise = min(1., (step + 1) / (c.warmup + 1))
-    if c.schedule == "constant" or step < c.warmup: return c.lr * rise
-    return c.lr * 0.5 * (1 + math.cos(math.pi * (step - c.warmup) / max(c.steps - c.warmup, 1)))
+def pace(c: ReinforceConfig, step: int) -> float: # in (0, 1]
+    "The share of the peak rate that a step gets: linear warm-up, then half a cosine down to 0"
+    if c.schedule == "constant" or step < c.warmup: return min(1., (step + 1) / (c.warmup + 1))
+    return 0.5 * (1 + math.cos(math.pi * (step - c.warmup) / max(c.steps - c.warmup, 1)))
 
 class Diverged(ArithmeticError):
     "The run left the region in which its numbers mean something; the last good z is kept"
@@ -438,15 +465,57 @@ def update(run: Run, m: dict) -> None: # m: the step's metrics; grad_norm and lr
     c, params = run.config, list(run.params.values())
     sum_gradients(params)
     m["grad_norm"] = float(torch.nn.utils.clip_grad_norm_(params, c.max_grad_norm or math.inf))
-    m["lr"] = lr_at(c, run.step)
     for k in ("loss", "kl", "grad_norm"):
         if not math.isfinite(m.get(k, 0)): raise Diverged(f"{k} is {m[k]}")
     if c.max_kl is not None and m.get("kl", 0) > c.max_kl:
         away = f"the policy is {m['kl']:.1f} nats per token away from the base"
         raise Diverged(f"{away} (max_kl={c.max_kl:g})")
     run.good = snapshot(run)
-    for g in run.optimizer.param_groups: g["lr"] = m["lr"]
-    run.optimizer.step(); run.optimizer.zero_grad()
+    if c.lr != "auto": m["lr"] = adam(run, c.lr * pace(c, run.step))
+    elif m["grad_norm"] > 1e-6: m |= trusted(run)
+    else:                           # rounding error, which Adam would blow up: no step
+        m |= dict(lr=0., step_kl=0.)
+        run.optimizer.zero_grad()
+
+def adam(run: Run, lr: float) -> float:
+    "One step of the optimizer at this rate"
+    for g in run.optimizer.param_groups: g["lr"] = lr
+    run.optimizer.step()
+    run.optimizer.zero_grad()
+    return lr
+
+# %% ../nbs/09_reinforce.ipynb #af772c5d
+def moved(run: Run, before: dict # {name: tensor}: the parameters to compare the present ones with
+         ) -> float:             # nats per token
+    "KL(policy before || policy now), on some rows of the step's batch"
+    ids, mask, P, _ = run.places
+    now, kept = snapshot(run), mask[:, P:] == 1
+    with undisturbed(run.model), autocast(run):
+        after = vocab_logprobs(run.model, *run.places)
+        restore(run, before)
+        was = vocab_logprobs(run.model, *run.places)
+    restore(run, now)
+    total = kl_per_token(was, after)[kept].sum().item()
+    parts = exchange(lambda: (total, int(kept.sum())))
+    return sum(kl for kl, _ in parts) / sum(n for _, n in parts)
+
+# %% ../nbs/09_reinforce.ipynb #04b2f3d2
+def trusted(run: Run, guess: float = 1e-3 # the first rate that is tried
+           ) -> dict:                     # metrics: lr, step_kl
+    "An Adam step whose length is set by what it does to the policy"
+    c, before, share = run.config, run.good, pace(run.config, run.step)
+    first, lr = run.rate is None, adam(run, (run.rate or guess) * share)
+    step = {n: p.detach() - before[n] for n, p in run.params.items()}
+    for _ in range(8):
+        kl = moved(run, before)
+        low = c.step_kl / 2 if first and kl > 1e-9 else 0.      # a step that does nothing stays
+        if low <= kl <= 1.5 * c.step_kl: break
+        scale = min(max(math.sqrt(c.step_kl / kl), .1), 30.) if math.isfinite(kl) else .1
+        lr *= scale
+        for v in step.values(): v *= scale
+        restore(run, {n: before[n] + v for n, v in step.items()})
+    if first and kl > 1e-9: run.rate = lr / share
+    return dict(lr=lr, step_kl=kl)
 
 # %% ../nbs/09_reinforce.ipynb #b7ead721
 @torch.no_grad()
@@ -487,65 +556,22 @@ def stale(run: Run) -> int: # how many validations have passed since the best on
     "What `patience` is compared with"
     return sum(m["step"] > best_step(run) for m in validations(run))
 
-# %% ../nbs/09_reinforce.ipynb #e558ba0a
-STATE = ("step", "best", "good", "ahead", "metrics", "seconds") # fields of a `Run`
-
-def write(path: Path, make: Callable) -> None: # make: writes to the path it is given
-    "Write a file under another name and rename it: a reader finds the old content or the new"
-    part = path.with_name(f".{path.name}.part")
-    make(part)
-    os.replace(part, path)
-
-def save_state(run: Run) -> None:
-    "Everything that a later process needs to go on as if nothing had happened"
-    if run.out is None or world()[0]: return
-    state = {k: getattr(run, k) for k in STATE}
-    state |= dict(params=snapshot(run), optimizer=run.optimizer.state_dict(),
-                  config=asdict(run.config))
-    write(run.out / "state.pt", lambda path: torch.save(state, path))
-
-def save_metrics(run: Run, last: bool = False) -> None: # last: only append the newest line
-    "metrics.jsonl, one line per step"
-    if run.out is None or world()[0]: return
-    lines = [json.dumps(m) + "\n" for m in (run.metrics[-1:] if last else run.metrics)]
-    if not last: return write_atomic(run.out / "metrics.jsonl", "".join(lines))
-    with open(run.out / "metrics.jsonl", "a", encoding="utf-8") as f: f.writelines(lines)
-
-# %% ../nbs/09_reinforce.ipynb #5cd950d2
-FREE = ("save_every", "tensorboard", "max_kl") # fields that a resumed run may change
-
-def load_state(run: Run) -> None: # raises ValueError where the state is another run's
-    "Continue from the state in `run.out`"
-    file, new = run.out / "state.pt", asdict(run.config)
-    try: s = torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as e:
-        what = type(e).__name__
-        raise ValueError(f"{file} is not a state that this package wrote: {what}") from e
-    if other := [k for k in new if k not in FREE and new[k] != s["config"].get(k)]:
-        k, then = other[0], s["config"].get(other[0])
-        raise ValueError(f"cannot resume {run.out} with {k}={new[k]!r}:"
-                         f" it was started with {then!r}")
-    if {n: v.shape for n, v in s["params"].items()} != {n: p.shape for n, p in run.params.items()}:
-        raise ValueError(f"cannot resume {run.out}: the model's trainable parameters are not"
-                         " the ones it was started with")
-    restore(run, s["params"])
-    run.optimizer.load_state_dict(s["optimizer"])
-    for k in STATE: setattr(run, k, s[k])
-
-# %% ../nbs/09_reinforce.ipynb #8e66e58a
-def save_adapter(run: Run, values: dict, folder: str = ".") -> None:
-    "An ordinary PEFT adapter folder under `run.out` with the given values; the model keeps its own"
-    if run.out is None or world()[0]: return
-    now, name = snapshot(run), run.model.active_adapter
-    restore(run, values)
-    try:
-        with tempfile.TemporaryDirectory(dir=run.out) as tmp:
-            run.model.save_pretrained(tmp, selected_adapters=[name], save_embedding_layers=False)
-            (run.out / folder).mkdir(exist_ok=True)
-            made = Path(tmp) / ("" if name == "default" else name)
-            (made / "README.md").unlink(missing_ok=True)   # PEFT's card is blank
-            for f in sorted(made.iterdir()): os.replace(f, run.out / folder / f.name)
-    finally: restore(run, now)
+# %% ../nbs/09_reinforce.ipynb #f3819388
+def one_step(run: Run, gradient: Callable, eval_fn: Callable | None) -> dict: # metrics
+    "Gradient, update, and validation when it is due"
+    c, began = run.config, time.perf_counter()
+    probe(run)
+    m = dict(step=run.step + 1) | gradient(run)
+    update(run, m)
+    run.step += 1
+    if run.step == c.steps or c.val_every and run.step % c.val_every == 0:
+        probe(run)
+        m |= validate(run, eval_fn)[0]
+    m["seconds"] = time.perf_counter() - began
+    run.metrics.append(m)
+    run.seconds += m["seconds"]
+    if "val_reward" in m and best_step(run) == run.step: run.best = snapshot(run)
+    return m
 
 # %% ../nbs/09_reinforce.ipynb #f797a123
 @contextmanager
@@ -575,6 +601,113 @@ def loop(run: Run, gradient: Callable, eval_fn: Callable | None,
             after(one_step(run, gradient, eval_fn))
             if run.step < c.steps and interrupted(): return "interrupted"
     return "all steps done"
+
+# %% ../nbs/09_reinforce.ipynb #7f2e0d1c
+@dataclass
+class History:
+    "What a run has to tell"
+    metrics: list            # one dict per step; step 0 is the untouched model
+    best_step: int           # whose z the model carries now
+    stopped: str             # why the run ended
+    result: dict             # the content of result.json
+
+    def column(self, name: str) -> tuple[list, list]: # (steps, values)
+        "One quantity over the steps that have it"
+        rows = [(m["step"], m[name]) for m in self.metrics if name in m]
+        return tuple(map(list, zip(*rows))) or ([], [])
+
+    def plot(self, axes=None): return plot_history(self, axes)
+
+def plot_history(history: History,
+                 axes=None         # two axes, or one that gets a second scale; None: a new figure
+                ):                 # the two axes
+    "Mean reward of rollouts and validation, each on its own axis; the kept step marked"
+    if axes is None:
+        from matplotlib.figure import Figure
+        axes = Figure(figsize=(7, 2.6), layout="constrained").subplots(1, 2, sharex=True)
+    if hasattr(axes, "twinx"): axes = axes, axes.twinx()
+    warm = history.result.get("temperature")
+    how = "validation" if warm is None else f"validation, {'sampled' if warm else 'greedy'}"
+    lines = ("reward", "rollouts", "C0-"), ("val_reward", how, "C1o-")
+    for ax, (name, who, style) in zip(axes, lines):
+        ax.plot(*history.column(name), style, markersize=4)
+        ax.set(xlabel="step", ylabel=f"mean reward, {who}")
+        ax.yaxis.label.set_color(style[:2])
+        ax.axvline(history.best_step, color="0.7", linestyle=":")
+    axes[0].set_title(f"kept: step {history.best_step}", fontsize=9, loc="left")
+    return axes
+
+# %% ../nbs/09_reinforce.ipynb #e558ba0a
+STATE = ("step", "best", "good", "ahead", "rate", "metrics", "seconds") # fields of a `Run`
+
+def write(path: Path, make: Callable) -> None: # make: writes to the path it is given
+    "Write a file under another name and rename it: a reader finds the old content or the new"
+    part = path.with_name(f".{path.name}.part")
+    try:
+        make(part)
+        os.replace(part, path)
+    finally: part.unlink(missing_ok=True)
+
+def save_state(run: Run) -> None:
+    "Everything that a later process needs to go on as if nothing had happened"
+    if run.out is None or world()[0]: return
+    state = {k: getattr(run, k) for k in STATE}
+    state |= dict(params=snapshot(run), optimizer=run.optimizer.state_dict(),
+                  config=asdict(run.config))
+    torch.save(state, made := io.BytesIO())      # on a full disk, torch.save itself says nothing clear
+    write_atomic(run.out / "state.pt", made.getbuffer())
+
+def save_metrics(run: Run, last: bool = False) -> None: # last: only append the newest line
+    "metrics.jsonl, one line per step"
+    if run.out is None or world()[0]: return
+    lines = [json.dumps(m) + "\n" for m in (run.metrics[-1:] if last else run.metrics)]
+    if not last: return write_atomic(run.out / "metrics.jsonl", "".join(lines))
+    append_lines(run.out / "metrics.jsonl", lines[0])
+
+# %% ../nbs/09_reinforce.ipynb #5cd950d2
+FREE = ("save_every", "tensorboard", "max_kl") # fields that a resumed run may change
+
+def load_state(run: Run) -> None: # raises ValueError where the state is another run's
+    "Continue from the state in `run.out`"
+    file, new = run.out / "state.pt", asdict(run.config)
+    try: s = torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as e:
+        what = type(e).__name__
+        raise ValueError(f"{file} is not a state that this package wrote: {what}") from e
+    if other := [k for k in new if k not in FREE and new[k] != s["config"].get(k)]:
+        k, then = other[0], s["config"].get(other[0])
+        raise ValueError(f"cannot resume {run.out} with {k}={new[k]!r}:"
+                         f" it was started with {then!r}")
+    if {n: v.shape for n, v in s["params"].items()} != {n: p.shape for n, p in run.params.items()}:
+        raise ValueError(f"cannot resume {run.out}: the model's trainable parameters are not"
+                         " the ones it was started with")
+    restore(run, s["params"])
+    run.optimizer.load_state_dict(s["optimizer"])
+    for k in STATE: setattr(run, k, s[k])
+
+# %% ../nbs/09_reinforce.ipynb #8e66e58a
+@contextmanager
+def disk_errors() -> Iterator[None]:
+    "What safetensors says of a disk, as the OSError that it was"
+    try: yield
+    except Exception as e:
+        number = re.search(r"\(os error (\d+)\)", str(e))
+        if number is None or isinstance(e, OSError): raise
+        raise OSError(int(number[1]), os.strerror(int(number[1]))) from e
+
+def save_adapter(run: Run, values: dict, folder: str = ".") -> None:
+    "An ordinary PEFT adapter folder under `run.out` with the given values; the model keeps its own"
+    if run.out is None or world()[0]: return
+    now, name = snapshot(run), run.model.active_adapter
+    restore(run, values)
+    try:
+        with tempfile.TemporaryDirectory(prefix=".", suffix=".part", dir=run.out) as tmp, disk_errors():
+            run.model.save_pretrained(tmp, selected_adapters=[name], save_embedding_layers=False)
+            (run.out / folder).mkdir(exist_ok=True)
+            made = Path(tmp) / ("" if name == "default" else name)
+            (made / "README.md").unlink(missing_ok=True)   # PEFT's card is blank
+            for f in sorted(made.iterdir()): os.replace(f, run.out / folder / f.name)
+    finally: restore(run, now)
 
 # %% ../nbs/09_reinforce.ipynb #3017565e
 def check_run(run: Run, resume: bool) -> None:
@@ -614,41 +747,29 @@ def check_folder(out: str | Path, resume: bool) -> None:
     if out.exists() and not out.is_dir(): raise ValueError(f"{out} is a file: give a folder")
     if resume and not (out / "state.pt").is_file():
         raise FileNotFoundError(f"nothing to resume in {out}: there is no state.pt")
-    if not resume and out.is_dir() and any(out.iterdir()):
+    check_writable(out)
+    if not resume and out.is_dir() and not all(map(is_part, out.iterdir())):
         raise ValueError(f"{out} is not empty: resume the run in it, or choose another folder")
 
 # %% ../nbs/09_reinforce.ipynb #18e6d51c
 def start(run: Run, resume: bool, eval_fn: Callable | None) -> None:
     "Check, measure the untouched model or pick up where a run was left, and only now make a folder"
     check_run(run, resume)
+    if run.out is not None and not world()[0]: sweep_up(run.out)
     for p in run.params.values():
         if world()[1] > 1: dist.broadcast(p.data, 0)
     if resume:
         load_state(run)
         return save_metrics(run)
-    probe(run)
+    try: probe(run)
+    except Diverged:
+        raise ValueError("the model gives NaN or infinity before any training:"
+                         " load it in another dtype, or take another checkpoint") from None
     run.metrics = [dict(step=0) | validate(run, eval_fn)[0]]
     run.best = run.good = snapshot(run)
     if run.out is not None and not world()[0]: run.out.mkdir(parents=True, exist_ok=True)
+    save_state(run)      # first: what comes after it can be made again from it
     save_metrics(run)
-    save_state(run)
-
-# %% ../nbs/09_reinforce.ipynb #f3819388
-def one_step(run: Run, gradient: Callable, eval_fn: Callable | None) -> dict: # metrics
-    "Gradient, update, and validation when it is due"
-    c, began = run.config, time.perf_counter()
-    probe(run)
-    m = dict(step=run.step + 1) | gradient(run)
-    update(run, m)
-    run.step += 1
-    if run.step == c.steps or c.val_every and run.step % c.val_every == 0:
-        probe(run)
-        m |= validate(run, eval_fn)[0]
-    m["seconds"] = time.perf_counter() - began
-    run.metrics.append(m)
-    run.seconds += m["seconds"]
-    if "val_reward" in m and best_step(run) == run.step: run.best = snapshot(run)
-    return m
 
 # %% ../nbs/09_reinforce.ipynb #51df05ae
 def summary(m: dict) -> str:
@@ -671,41 +792,6 @@ def write_down(run: Run) -> None:
     "The newest line of metrics, and the state when it is due"
     save_metrics(run, last=True)
     if run.step % run.config.save_every == 0 or run.step == run.config.steps: save_state(run)
-
-# %% ../nbs/09_reinforce.ipynb #7f2e0d1c
-@dataclass
-class History:
-    "What a run has to tell"
-    metrics: list            # one dict per step; step 0 is the untouched model
-    best_step: int           # whose z the model carries now
-    stopped: str             # why the run ended
-    result: dict             # the content of result.json
-
-    def column(self, name: str) -> tuple[list, list]: # (steps, values)
-        "One quantity over the steps that have it"
-        rows = [(m["step"], m[name]) for m in self.metrics if name in m]
-        return tuple(map(list, zip(*rows))) or ([], [])
-
-    def plot(self, axes=None): return plot_history(self, axes)
-
-def plot_history(history: History,
-                 axes=None         # two axes, or one that gets a second scale; None: a new figure
-                ):                 # the two axes
-    "Mean reward of rollouts and validation, each on its own axis; the kept step marked"
-    if axes is None:
-        from matplotlib.figure import Figure
-        axes = Figure(figsize=(7, 2.6), layout="constrained").subplots(1, 2, sharex=True)
-    if hasattr(axes, "twinx"): axes = axes, axes.twinx()
-    warm = history.result.get("temperature")
-    how = "validation" if warm is None else f"validation, {'sampled' if warm else 'greedy'}"
-    lines = ("reward", "rollouts", "C0-"), ("val_reward", how, "C1o-")
-    for ax, (name, who, style) in zip(axes, lines):
-        ax.plot(*history.column(name), style, markersize=4)
-        ax.set(xlabel="step", ylabel=f"mean reward, {who}")
-        ax.yaxis.label.set_color(style[:2])
-        ax.axvline(history.best_step, color="0.7", linestyle=":")
-    axes[0].set_title(f"kept: step {history.best_step}", fontsize=9, loc="left")
-    return axes
 
 # %% ../nbs/09_reinforce.ipynb #2a5d23f7
 def record(run: Run, stopped: str, items: list): # an evaluate.Result
@@ -742,8 +828,8 @@ def finish(run: Run, stopped: str) -> History:
     if run.out is not None and not world()[0]:
         figure = plot_history(history)[0].figure
         write(run.out / "reward.png", lambda path: figure.savefig(path, format="png", dpi=90))
-        write_atomic(run.out / "README.md", model_card(history.result))
         save(result, run.out)
+        write_atomic(run.out / "README.md", model_card(history.result))
     return history
 
 # %% ../nbs/09_reinforce.ipynb #8d192ee5
@@ -773,7 +859,7 @@ def rescue(run: Run, e: Diverged) -> str: # what to tell
     restore(run, run.good)
     finish(run, what)
     kept = "the model" if run.out is None else f"{run.out} and {run.out / 'last'}"
-    lr = f"try a lower lr (now {run.config.lr:g}) or a larger kl"
+    lr = f"try a lower lr (now {run.config.lr}) or a larger kl"
     return f"{what}. The last good z is kept in {kept}; {lr}"
 
 # %% ../nbs/09_reinforce.ipynb #a2e61b36
@@ -811,6 +897,8 @@ def answer_step(run: Run) -> dict: # metrics
     rows = [run.train[i] for i in batch_rows(len(run.train), c.batch_size, run.step, c.seed)]
     parts = [gold_batch(run, part) for part in chunks(rows, c.rollout_batch).values()]
     tokens = sum(int(mask[:, P:].sum()) for _, mask, P in parts)
+    ids, mask, P = parts[rank]
+    run.places = ids[:32], mask[:32], P, 1.
     def work():
         total = 0.
         for ids, mask, P in parts[rank::n]:

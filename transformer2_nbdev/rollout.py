@@ -85,7 +85,12 @@ def _ids_of(tokenizer, prompt, i):
 
 # %% ../nbs/07_rollout.ipynb #7c0efbed
 def check_room(rows: list[list[int]], max_new_tokens: int, model: nn.Module) -> None:
-    "Refuse prompts that leave no room for `max_new_tokens` inside the model's context."
+    "Refuse prompts that leave no room for `max_new_tokens` inside the model's context, or hold tokens it does not know."
+    known = inner(model).get_input_embeddings().num_embeddings
+    i = max(range(len(rows)), key=lambda i: max(rows[i]))
+    if max(rows[i]) >= known:
+        raise ValueError(f"prompt {i} holds token {max(rows[i])}, but the model knows {known} tokens: "
+                         "its tokenizer belongs to another model")
     room = getattr(inner(model).config.get_text_config(), "max_position_embeddings", None)
     i = max(range(len(rows)), key=lambda i: len(rows[i]))
     if room and len(rows[i]) + max_new_tokens > room:
@@ -314,7 +319,8 @@ def judge(task: Task, texts: list[str], examples: list, workers: int = None) -> 
 def _checked(task, completion, example):
     "A verdict with a finite reward, or a ValueError that names task and completion."
     try: verdict = task.judge(completion, example)
-    except Exception as e: raise ValueError(f"task {task.name!r}: judging {completion[:60]!r} failed: {type(e).__name__}: {e}") from e
+    except (Exception, SystemExit) as e:     # a reward that calls exit() must not end the run as if all were well
+        raise ValueError(f"task {task.name!r}: judging {completion[:60]!r} failed: {type(e).__name__}: {e}") from e
     if not math.isfinite(verdict.reward): raise ValueError(f"task {task.name!r}: judging {completion[:60]!r} gave the reward {verdict.reward}")
     return verdict
 

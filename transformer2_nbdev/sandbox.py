@@ -123,7 +123,7 @@ def _recv(fd, deadline=None, limit=64 << 20):
     body = exactly(n)
     return None if body is None else json.loads(body)
 
-# %% ../nbs/17_sandbox.ipynb #f9cc7d8b
+# %% ../nbs/17_sandbox.ipynb #b7c5976b
 def _cut(text, most=1000):
     "One printable line of at most `most` characters, and how many there were more."
     line = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text[:most])[:most]
@@ -151,7 +151,7 @@ def _serve(rx, tx, main):
         _flush()
         _send(tx, reply)
 
-# %% ../nbs/17_sandbox.ipynb #8663cc5d
+# %% ../nbs/17_sandbox.ipynb #7b7ab68a
 def _do(op, args, kwargs, kept, pack):
     "One operation: its value, and those arguments that it left changed."
     args, kwargs = (decode(x, kept.__getitem__) for x in (args, kwargs))
@@ -222,7 +222,7 @@ class _Line:
         _read(self, lambda: [_overwrite(args[i], self.plain(new)) for i, new in changed])
     def exchange(self, *msg): return _exchange(self, *msg)
 
-# %% ../nbs/17_sandbox.ipynb #831c1ce4
+# %% ../nbs/17_sandbox.ipynb #954712fc
 def _read(line, act):
     "Do `act` with what the program sent; whatever goes wrong there ends the conversation."
     try: return act()
@@ -259,7 +259,7 @@ def _free_names(tree):
         elif isinstance(getattr(n, "name", None), str): bound.add(n.name)    # def, class, except
     return sorted(n for n in read - bound - set(dir(builtins)) if not n.startswith("__"))
 
-# %% ../nbs/17_sandbox.ipynb #28282d79
+# %% ../nbs/17_sandbox.ipynb #aadba9de
 _USUAL = ("math", "collections", "itertools", "functools", "copy", "typing", "fractions", "decimal",
           "datetime", "statistics", "operator", "random", "string", "heapq", "bisect", "cmath")
 
@@ -283,7 +283,7 @@ def _library(tree, free, entry_points):
             if name in public: found[name] = [module, name]
     return found
 
-# %% ../nbs/17_sandbox.ipynb #82dcfb88
+# %% ../nbs/17_sandbox.ipynb #c87652c3
 def _tests_something(node, testers):
     "Whether `node` asserts, raises, or calls something that does."
     import ast
@@ -298,7 +298,7 @@ def _may_be_empty(node):
     return any(isinstance(n, loops) or isinstance(n, ast.Name)
                and n.id in ("all", "any", "map", "filter") for n in ast.walk(node))
 
-# %% ../nbs/17_sandbox.ipynb #1e6e0ea7
+# %% ../nbs/17_sandbox.ipynb #b3fba703
 def _marker(k, testers):
     "Rewrites one watched statement: its comparisons report that they were made."
     import ast
@@ -328,7 +328,7 @@ def _marker(k, testers):
             return self.mark(n) if _tests_something(n, testers) else n
     return Mark()
 
-# %% ../nbs/17_sandbox.ipynb #fa79ee89
+# %% ../nbs/17_sandbox.ipynb #b5968efd
 def _watch(tree):
     "Number the statements that may compare nothing, in place; their line numbers."
     import ast
@@ -353,7 +353,7 @@ def _watch(tree):
     ast.fix_missing_locations(tree)
     return lines
 
-# %% ../nbs/17_sandbox.ipynb #0f5da429
+# %% ../nbs/17_sandbox.ipynb #0d09c09c
 def _call(reporter, k, *args):
     import ast
     name = ast.Name(reporter + " ", ast.Load())
@@ -371,7 +371,7 @@ def _reporters():
             yield v
     return {"reach ": reached.add, "saw ": saw, "each ": each}, lambda: sorted(reached - compared)
 
-# %% ../nbs/17_sandbox.ipynb #7624e877
+# %% ../nbs/17_sandbox.ipynb #01edcf7f
 def _draws(node, names, skip):
     "Whether `node` reads one of `names`, leaving out the children for which `skip` is true."
     import ast
@@ -389,7 +389,7 @@ def _in_call(answers):
     return lambda node, child: (isinstance(node, ast.Call) and child is not node.func
                                 and _draws(node.func, answers, _by_index))
 
-# %% ../nbs/17_sandbox.ipynb #555079f7
+# %% ../nbs/17_sandbox.ipynb #5763dde9
 def _flow(tree, answers):
     "(names drawn from the program's answers, names drawn from its arguments)."
     import ast
@@ -416,7 +416,7 @@ def _flow(tree, answers):
                 arguments |= names(value) - called               # two names for one list
     return answers, arguments
 
-# %% ../nbs/17_sandbox.ipynb #f6dfc2d6
+# %% ../nbs/17_sandbox.ipynb #38784f05
 def _doubtful(tree, answers):
     "Whether the tests set an answer of the program's against something made from its argument."
     import ast
@@ -431,7 +431,7 @@ def _doubtful(tree, answers):
         if any(answer(a) and argument(b) for a in sides for b in sides if a is not b): return True
     return False
 
-# %% ../nbs/17_sandbox.ipynb #b35edecc
+# %% ../nbs/17_sandbox.ipynb #4d7b61bd
 def _prepare(tests, entry_points):
     "What the judge must know of the tests, as plain data; remembered, since tests repeat."
     if (key := (tests, tuple(entry_points))) not in _prepared:
@@ -444,7 +444,7 @@ def _prepare(tests, entry_points):
 
 _prepared = {}
 
-# %% ../nbs/17_sandbox.ipynb #f3adfb61
+# %% ../nbs/17_sandbox.ipynb #928984bc
 def _analysed(tests, entry_points):
     import ast, marshal, warnings
     with warnings.catch_warnings():
@@ -612,7 +612,7 @@ _CALLS = dict(
         kexec_load=104 init_module=105 finit_module=273 kill=129 tkill=130 tgkill=131 prlimit64=261
         prctl=167 clone=220 setsid=157 setpgid=154"""))
 
-# %% ../nbs/17_sandbox.ipynb #a59870c9
+# %% ../nbs/17_sandbox.ipynb #8a85509e
 _SHARED = dict(                                # only without a process table of its own
     x86_64=_numbered("""
         setpriority=141 ioprio_set=251 sched_setparam=142 sched_setscheduler=144
@@ -807,6 +807,57 @@ def _give_up_privileges(cfg, uid):
     _prctl(PR_SET_DUMPABLE, 1)
     if cfg["landlock"]: _landlock(cfg["readable"], [cfg["folder"]])
 
+# %% ../nbs/17_sandbox.ipynb #255afa62
+def _stdlib_path():
+    "The folders of the standard library, without the ones that belong to the caller's project."
+    lib = os.path.dirname(os.path.realpath(os.__file__))
+    return [lib, os.path.join(lib, "lib-dynload")]
+
+_LATE = dict(collections=[""], datetime=["date", "time", "calendar"], _strptime=["strptime"],
+             decimal=["decimal", "statistics"], fractions=["fractions", "statistics"])
+
+def _import_before(job, cfg):
+    "In the judge: fix the path; where the program might write to it, import now and then never."
+    sys.path[:] = cfg["path"]
+    if cfg["guarded"]: return
+    text = job["program"] + job["tests"]
+    late = [m for m, words in _LATE.items() if any(w in text for w in words)]
+    for name in late + job["imports"] + [module for module, _ in job["own"].values()]:
+        try: __import__(name)
+        except Exception: pass                               # the tests will hear of it themselves
+    for word in job["words"]:                                    # one of them may name a codec
+        try: "".encode(word)
+        except Exception: pass
+    sys.path.clear()
+    inside = ("BuiltinImporter", "FrozenImporter")
+    sys.meta_path[:] = [f for f in sys.meta_path if f.__name__ in inside]
+
+# %% ../nbs/17_sandbox.ipynb #0f778eb1
+_START = """
+import sys
+sys.path[:] = [p for p in sys.path if p]
+import os, marshal, types
+m = sys.modules["sandbox"] = types.ModuleType("sandbox")
+n, data = int.from_bytes(os.read(0, 8), "big"), b""
+while len(data) < n and (part := os.read(0, n - len(data))): data += part
+if len(data) < n: sys.exit()                  # the caller has died
+exec(marshal.loads(data), m.__dict__)
+m._keeper(%d)
+"""
+_ENV = dict(PATH="/usr/bin:/bin", LANG="C.UTF-8", PYTHONHASHSEED="0", PYTHONSAFEPATH="1",
+            OMP_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1")
+
+def _own_code():
+    "This module, compiled: the judge need not find, read or compile it."
+    import importlib.util, marshal
+    global _compiled
+    if _compiled is None:
+        name = "transformer2_nbdev.sandbox"
+        _compiled = marshal.dumps(importlib.util.find_spec(name).loader.get_code(name))
+    return _compiled
+
+_compiled = None
+
 # %% ../nbs/17_sandbox.ipynb #6b79e016
 def _keeper(out):
     "Entry point: instructions and job on descriptor 0, verdict on descriptor `out`."
@@ -814,7 +865,7 @@ def _keeper(out):
     if sys.platform == "linux":
         for option, value in ((PR_SET_PDEATHSIG, signal.SIGKILL), (PR_SET_DUMPABLE, 0),
                               (PR_SET_CHILD_SUBREAPER, 1)): _prctl(option, value)
-    cfg = _recv(0)
+    if (cfg := _recv(0)) is None: os._exit(0)                    # the caller has died
     (rx, to_program), (from_program, tx) = os.pipe(), os.pipe()
     if (child := os.fork()) == 0:
         rx, tx = _only_these(rx, tx)
@@ -825,7 +876,8 @@ def _keeper(out):
     os.close(tx)
     failed, program = _await_ready(from_program)
     if failed: said = dict(status="unconfined", detail=failed)
-    else: said = _hold(_recv(0), cfg, to_program, from_program)
+    elif job := _recv(0): said = _hold(job, cfg, to_program, from_program)
+    else: said = dict(status="error", detail="the caller has gone")
     if program and said.get("detail") is None:
         ended = _how_it_ended(child)
         said.update(ended or dict(detail="the program closed its channel"))
@@ -887,7 +939,7 @@ def _judge(job, cfg, to_program, from_program):
     except ProgramGone as e: status, detail, again = e.status, e.detail and _cut(e.detail), False
     return dict(status=status, detail=detail, again=again)
 
-# %% ../nbs/17_sandbox.ipynb #a7b7dfd6
+# %% ../nbs/17_sandbox.ipynb #c3ea4318
 def _bury(program):
     "Kill the program and all descendants of this process, and wait for each of them."
     targets, deadline = {program} - {None}, time.monotonic() + 2
@@ -946,7 +998,7 @@ def _others_may_read():
     places = [Path(p) for p in (*_readable(), gettempdir()) if os.path.isdir(p)]
     return all(q.stat().st_mode & 1 for q in {q for p in places for q in (p, *p.parents)})
 
-# %% ../nbs/17_sandbox.ipynb #84765ca4
+# %% ../nbs/17_sandbox.ipynb #c9be9715
 def not_stopped(walls: str = None,  # default: the set that `isolation` finds
                ) -> list:           # of sentences; empty for namespaces
     "What a program can do under `walls` on this machine, beyond what no set of walls stops."
@@ -986,7 +1038,7 @@ def protections() -> dict:  # name -> how it is done, or None
     "What a program run here cannot do, and by which means."
     return {"isolation": isolation(), **_protections(isolation())}
 
-# %% ../nbs/17_sandbox.ipynb #e707d181
+# %% ../nbs/17_sandbox.ipynb #074126f5
 _MUST = ("network", "writes", "reads", "others")
 _told = set()
 
@@ -1016,56 +1068,6 @@ def _config(isolation, folder, cpu, memory_mb, disk_mb, processes, main):
                 memory_mb=memory_mb, disk_mb=disk_mb, main=main, drop_root=drop, landlock=lock,
                 processes=processes + keepers if ns or drop else 0, path=path,
                 guarded=ns or lock or not (mine or open_))
-
-# %% ../nbs/17_sandbox.ipynb #255afa62
-def _stdlib_path():
-    "The folders of the standard library, without the ones that belong to the caller's project."
-    lib = os.path.dirname(os.path.realpath(os.__file__))
-    return [lib, os.path.join(lib, "lib-dynload")]
-
-_LATE = dict(collections=[""], datetime=["date", "time", "calendar"], _strptime=["strptime"],
-             decimal=["decimal", "statistics"], fractions=["fractions", "statistics"])
-
-def _import_before(job, cfg):
-    "In the judge: fix the path; where the program might write to it, import now and then never."
-    sys.path[:] = cfg["path"]
-    if cfg["guarded"]: return
-    text = job["program"] + job["tests"]
-    late = [m for m, words in _LATE.items() if any(w in text for w in words)]
-    for name in late + job["imports"] + [module for module, _ in job["own"].values()]:
-        try: __import__(name)
-        except Exception: pass                               # the tests will hear of it themselves
-    for word in job["words"]:                                    # one of them may name a codec
-        try: "".encode(word)
-        except Exception: pass
-    sys.path.clear()
-    inside = ("BuiltinImporter", "FrozenImporter")
-    sys.meta_path[:] = [f for f in sys.meta_path if f.__name__ in inside]
-
-# %% ../nbs/17_sandbox.ipynb #0f778eb1
-_START = """
-import sys
-sys.path[:] = [p for p in sys.path if p]
-import os, marshal, types
-m = sys.modules["sandbox"] = types.ModuleType("sandbox")
-n, data = int.from_bytes(os.read(0, 8), "big"), b""
-while len(data) < n: data += os.read(0, n - len(data))
-exec(marshal.loads(data), m.__dict__)
-m._keeper(%d)
-"""
-_ENV = dict(PATH="/usr/bin:/bin", LANG="C.UTF-8", PYTHONHASHSEED="0", PYTHONSAFEPATH="1",
-            OMP_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1")
-
-def _own_code():
-    "This module, compiled: the judge need not find, read or compile it."
-    import importlib.util, marshal
-    global _compiled
-    if _compiled is None:
-        name = "transformer2_nbdev.sandbox"
-        _compiled = marshal.dumps(importlib.util.find_spec(name).loader.get_code(name))
-    return _compiled
-
-_compiled = None
 
 # %% ../nbs/17_sandbox.ipynb #32e7c8c6
 def _run(isolation, program, tests, entry_points=(), timeout=5., memory_mb=1024, disk_mb=64,

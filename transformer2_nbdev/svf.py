@@ -16,11 +16,13 @@ from .svd import Factors, side_of
 
 # %% ../nbs/01_svf.ipynb #e12b2baf
 def scale(y: torch.Tensor,   # (..., r) what the frozen layer gave ("left"), or its input x ("right")
-          Q: torch.Tensor,   # (r, k) orthonormal columns, in y's dtype
-          z: torch.Tensor,   # (k,), or (B, 1, k) for a batch of y (B, T, r): one factor per direction
-         ) -> torch.Tensor:  # (..., r)  y + Q((z - 1) ∘ Qᵀy)
+          Q: torch.Tensor,   # (r, k) orthonormal columns; their dtype is the working precision
+          z: torch.Tensor,   # (k,), or (B, 1, k) for y of (B, T, r): one factor per direction
+          b: torch.Tensor = None,  # (r,) a bias that is part of y and shall not be scaled
+         ) -> torch.Tensor:  # (..., r)  y + Q((z - 1) ∘ Qᵀ(y - b)), in y's dtype
     "Multiply the component of y along each column of Q by its own z; z = 1 returns y."
-    return y + ((y @ Q) * (z - 1).to(y.dtype)) @ Q.T
+    a = (y if b is None else y - b).to(Q.dtype) @ Q
+    return y + ((a * (z - 1).to(a.dtype)) @ Q.T).to(y.dtype)
 
 # %% ../nbs/01_svf.ipynb #dab221d3
 def _basis(Q):

@@ -8,17 +8,21 @@ __all__ = ['numbers', 'final_number', 'judge_number', 'tidy_latex', 'math_equal'
            'vqa_accuracy', 'judge_vqa']
 
 # %% ../nbs/18_verifiers.ipynb #d929027c
-import ast, importlib.util, json, re, selectors, subprocess, sys, threading, warnings
+import ast, importlib.util, inspect, itertools, json, re, selectors, subprocess, sys, textwrap
+import threading, warnings
 from fractions import Fraction
 
 # %% ../nbs/18_verifiers.ipynb #4d1f40a4
 from .sandbox import run_program
-from .tasks import Verdict, answer_region, boxed, spoken
+from .tasks import Verdict, answer_region, boxed, boxes, spoken
 
 # %% ../nbs/18_verifiers.ipynb #01e2d5d5
-_NUMBER = re.compile(r"(?P<sign>(?<![\w)\]}.%$])[-\u2212])?(?:(?:US|C|A)?[$€£¥₹]\s*(?P<sign2>[-\u2212])?\s*)?"
-                     r"(?<![A-Za-z_^\d])(?P<int>\d{1,3}(?:,\d{2,3})*,\d{3}(?!\d)|\d+)?(?P<frac>(?<![A-Za-z])\.\d+)?(?P<exp>[eE][+-]?\d{1,3}(?![\w.]))?"
-                     r"(?:(?<=\d)/(?P<den>\d{1,15})(?![\d/.]))?(?:\s*(?P<scale>thousand|million|billion)\b)?", re.I)
+_NUMBER = re.compile(r"(?P<sign>(?<![\w)\]}.%$])[-\u2212])?"
+                     r"(?:(?:US|C|A)?[$€£¥₹]\s*(?P<sign2>[-\u2212])?\s*)?(?<![A-Za-z_^\d])"
+                     r"(?P<int>\d{1,3}(?:,\d{2,3})*,\d{3}(?!\d)|\d+)?(?P<frac>(?<![A-Za-z])\.\d+)?"
+                     r"(?P<exp>[eE][+-]?\d{1,3}(?![\w.]))?"
+                     r"(?:(?<=\d)/(?P<den>\d{1,15})(?![\d/]|\.\d))?"
+                     r"(?:\s*(?P<scale>thousand|million|billion)\b)?", re.I)
 _SCALE = dict(thousand=10**3, million=10**6, billion=10**9)
 
 # %% ../nbs/18_verifiers.ipynb #c2855001
@@ -29,43 +33,58 @@ def numbers(text: str) -> list:  # of (Fraction, start, end)
         digits = (m["int"] or "").replace(",", "") + (m["frac"] or "")
         if not digits or len(digits) > 400: continue
         x = Fraction((digits if digits[0] != "." else "0" + digits) + (m["exp"] or ""))
-        if m["den"]: x = x / int(m["den"]) if int(m["den"]) else x
+        if m["den"] and int(m["den"]): x /= int(m["den"])
         if m["scale"]: x *= _SCALE[m["scale"].lower()]
         out.append((-x if m["sign"] or m["sign2"] else x, m.start(), m.end()))
     return out
 
 # %% ../nbs/18_verifiers.ipynb #3fc83d48
-_PLAIN = [(r"<<[^<>\n]*>>", ""), (r"\{,\}", ","), (r"\\!", ""), (r"(?<=\d)\\[,;: ](?=\d)|(?<=\d)[\u00a0\u2009\u202f](?=\d{3})", ""), (r"\\([$%])", r"\1"),
-          (r"\\(?:text|mathrm|mathbf|textbf)\s*\{([^{}]*)\}", r"\1"), (r"(?<=\d)\s*\\[dt]?frac\{(\d+)\}\{(\d+)\}", r" \1/\2"),
+_PLAIN = [(r"<<[^<>\n]*>>", ""), (r"\{,\}", ","), (r"\\!", ""), (r"\\([$%])", r"\1"),
+          (r"(?<=\d)\\[,;: ](?=\d)|(?<=\d)[\u00a0\u2009\u202f](?=\d{3})", ""),
+          (r"\\(?:text|mathrm|mathbf|textbf)\s*\{([^{}]*)\}", r"\1"),
+          (r"(?<=\d)\s*\\[dt]?frac\{(\d+)\}\{(\d+)\}", r" \1/\2"),
           (r"\\[dt]?frac\{(-?\d+)\}\{(\d+)\}", r"\1/\2"), (r"\\[()\[\]]", " "), (r"\*\*|__|`", ""),
-          (r"(?<![\d./])(\d{1,9}) (\d{1,9})/(\d{1,9})(?![\d/])", lambda m: f"{int(m[1]) * int(m[3]) + int(m[2])}/{m[3]}")]
+          (r"(?<![\d./])(\d{1,9}) (\d{1,9})/(\d{1,9})(?![\d/])",
+           lambda m: f"{int(m[1]) * int(m[3]) + int(m[2])}/{m[3]}")]
 
-# %% ../nbs/18_verifiers.ipynb #e08f4244
 def _plain(text):
-    "Take away what stands between a reader and a number: calculator notes, markdown, LaTeX; 3 1/2 becomes 7/2."
+    "Take away calculator notes, markdown and LaTeX; 3 1/2 becomes 7/2."
     for pattern, new in _PLAIN: text = re.sub(pattern, new, text)
     return text
 
 # %% ../nbs/18_verifiers.ipynb #cc45f32e
-def _said(segment):
-    "The number that a phrase states: the last one after its last equals sign."
-    found = numbers(segment.rsplit("=", 1)[-1]) or numbers(segment)
-    return found[-1][0] if found else None
+_STATES = re.compile(r"(?i)=|\b(?:is|are|was|were|equals?|makes?|gives?|leaves?|totals?)\b"
+                     r"(?=\W*\d)")
+_WORDS_FOLLOW = re.compile(r"(?i)\s*%?\s*(?:[,;]\s*)?(?!(?:x|times|plus|minus|over|by|divided"
+                           r"|multiplied|and|or|to)\b)[a-z(]")
+
+def _said(phrase):
+    "The number that a phrase states."
+    tail = _STATES.split(phrase)[-1]
+    found = numbers(tail)
+    if not found: found, tail = numbers(phrase), phrase
+    if not found: return None
+    first, start, end = found[0]
+    begins = re.fullmatch(r"(?i)[\W_]*(?:about|exactly|only|just)?[\W_]*", tail[:start])
+    return first if begins and _WORDS_FOLLOW.match(tail[end:]) else found[-1][0]
 
 # %% ../nbs/18_verifiers.ipynb #74544d2c
 def _hash_mark(text):
     "GSM8K's own `#### 18`: the first that is not a markdown heading."
     for m in re.finditer(r"####\s*([^\n]*)", text):
-        line = m[1].strip()
-        states = re.match(r"[^A-Za-z]*\d", line) and not re.match(r"\d+[.):]\s+[A-Za-z]", line) or "answer" in line.lower() or not text[m.end():].strip()
-        if not re.match(r"(?i)\W*step\b", line) and states and (x := _said(line)) is not None: return x
-
-# %% ../nbs/18_verifiers.ipynb #f9512d0d
-_ANSWER = re.compile(r"(?i)\banswer(?P<to>\s+to\s+[^.:\n]{0,80}?|\s*\([^)\n]*\))?\s*(?P<verb>is|are|was|=|:|would be|will be|must be|should be|equals)\s*:?\s*")
+        line, last = m[1].strip(), not text[m.end():].strip()
+        item = re.match(r"\d+[.):]\s+[A-Za-z]", line)
+        states = re.match(r"[^A-Za-z]*\d", line) and not item or "answer" in line.lower() or last
+        if item: line = line[item.end() - 1:] if numbers(line[item.end() - 1:]) else line
+        if re.match(r"(?i)\W*step\b", line) or not states: continue
+        if (x := _said(line)) is not None: return x
 
 # %% ../nbs/18_verifiers.ipynb #ca781caa
+_ANSWER = re.compile(r"(?i)\banswer(?P<to>\s+to\s+[^.:\n]{0,80}?|\s*\([^)\n]*\))?\s*"
+                     r"(?P<verb>is|are|was|=|:|would be|will be|must be|should be|equals)\s*:?\s*")
+
 def _phrases(text):
-    "Each `answer is ...`, last first: (the sentence after it, how it is introduced, where it starts, whether anything follows)."
+    "Each `answer is ...`, last first: (the sentence after it, the verb, its start, what follows)."
     for m in list(_ANSWER.finditer(text))[:-9:-1]:
         rest = text[m.end():].lstrip()
         line = rest.split("\n", 1)[0][:1000]
@@ -73,15 +92,18 @@ def _phrases(text):
         yield sentence, m["verb"], m.start(), rest[len(sentence):].strip(" .\n")
 
 # %% ../nbs/18_verifiers.ipynb #e52264d9
+_DIRECT = re.compile(r"[\s:$€£¥₹(\[~≈=-]*(?:(?:about|approximately|exactly|equal to"
+                     r"|[A-Za-z]\w{0,2}\s*=)\s*)?[-\u2212$€£¥₹\s]*\.?\d")
+_OPERATOR = re.compile(r"\s*(?:[-+*/×÷=^]|x\s|\\(?:times|cdot|div))")
+
 def _answer_phrase(text):
-    "The number that the last `answer is` states. A heading `Answer:` above a derivation states none."
+    "The number of the last `answer is`. A heading `Answer:` above a derivation states none."
     for sentence, verb, start, after in _phrases(text):
-        direct = re.match(r"[\s:$€£¥₹(\[~≈=-]*(?:(?:about|approximately|exactly|equal to|[A-Za-z]\w{0,2}\s*=)\s*)?[-\u2212$€£¥₹\s]*\.?\d", sentence)
+        direct, found = _DIRECT.match(sentence), numbers(sentence)
         derivation = re.search(r"[=+*×÷]|\d\s-\s", sentence)
         heading = verb == ":" and start == 0 and numbers(after) and (derivation or not direct)
         if heading or not (direct or not after): continue
-        found = numbers(sentence)
-        if direct and found and not re.match(r"\s*(?:[-+*/×÷=^]|x\s|\\(?:times|cdot|div))", sentence[found[0][2]:]): return found[0][0]
+        if direct and found and not _OPERATOR.match(sentence[found[0][2]:]): return found[0][0]
         if (x := _said(sentence)) is not None: return x
 
 # %% ../nbs/18_verifiers.ipynb #244bb8f4
@@ -89,9 +111,9 @@ def final_number(text: str     # a completion
                 ) -> tuple:    # (Fraction or None, how it was found)
     "The number that a completion gives as its answer."
     raw = answer_region(text)
-    text = _plain(raw)
+    text, box = _plain(raw), boxed(raw)
     if (x := _hash_mark(text)) is not None: return x, "after ####"
-    if (box := boxed(raw)) is not None and (x := _said(_plain(box))) is not None: return x, "in the last \\boxed{}"
+    if box is not None and (x := _said(_plain(box))) is not None: return x, "in the last \\boxed{}"
     if (x := _answer_phrase(text)) is not None: return x, "after 'answer'"
     last = raw.rstrip().rsplit("\n", 1)[-1]
     bold = re.findall(r"\*\*([^*\n]*\d[^*\n]*)\*\*", last)
@@ -104,55 +126,73 @@ def judge_number(completion: str, gold: "str | int | float") -> Verdict:
     "Correct when the completion's final number equals `gold` exactly."
     x, how = final_number(completion)
     want = numbers(_plain(str(gold)))[-1][0]
-    ok = x == want
-    return Verdict(1. if ok else -1., ok, _show(x), _show(want), f"{_show(x)} ({how}) {'equals' if ok else 'is not'} {_show(want)}" if x is not None else how)
+    ok, said = x == want, _show(x)
+    why = f"{said} ({how}) {'equals' if ok else 'is not'} {_show(want)}" if said else how
+    return Verdict(1. if ok else -1., ok, said, _show(want), why)
 
-# %% ../nbs/18_verifiers.ipynb #7ff551fe
 def _show(x):
     "A Fraction as a person writes it."
     if x is None: return None
-    return str(x.numerator) if x.denominator == 1 else f"{float(x):g}" if x == Fraction(f"{float(x):g}") else str(x)
+    short = f"{float(x):g}"
+    return str(x.numerator) if x.denominator == 1 else short if x == Fraction(short) else str(x)
 
 # %% ../nbs/18_verifiers.ipynb #fb607275
-_TIDY = [(r"\\(?:left|right|displaystyle|limits|big|Big|bigl|bigr)(?![a-zA-Z])", ""), (r"\\[dt]frac", r"\\frac"), (r"(?<!\\)\\(?:[!,;:>\s]|q?quad(?![a-z]))|~", ""), (r"\{,\}", ","),
-         (r"\\\$|\$|\u20ac|\u00a3", ""), (r"\\%|%|\\percent", ""), (r"\^\s*(?:\{\s*\\circ\s*\}|\\circ)|\\degree|°", ""), (r"\\(?:mbox|textbf|textit|mathrm|mathbf|textrm|mathit|operatorname)\b", r"\\text"),
-         (r"\\ge(?:q|qslant)?(?![a-z])", r"\\geq"), (r"\\le(?:q|qslant)?(?![a-z])", r"\\leq"), (r"\\ne(?![a-z])", r"\\neq"), (r"−|–", "-"), (r"\\(?:cdot|times)(?![a-z])", r"\\cdot"),
-         (r"\\frac\s*(\d)\s*(\d)", r"\\frac{\1}{\2}"), (r"\\frac\s*(\d)\s*\{", r"\\frac{\1}{"), (r"\\sqrt\s*(\w)", r"\\sqrt{\1}"),
-         (r"(?<![\d}])(\d+)\s*\\frac\{(\d+)\}\{(\d+)\}", lambda m: f"\\frac{{{int(m[1]) * int(m[3]) + int(m[2])}}}{{{m[3]}}}"), (r"\\(?:l|r)?dots|…", "..."), (r"π", r"\\pi "), (r"∞", r"\\infty ")]
+def _mixed(m): return f"\\frac{{{int(m[1]) * int(m[3]) + int(m[2])}}}{{{m[3]}}}"
+def _proper(m): return _mixed(m) if 0 < int(m[2]) < int(m[3]) else m[0]
+
+_TIDY = [(r"\\(?:left|right|displaystyle|limits|big|Big|bigl|bigr)(?![a-zA-Z])", ""),
+         (r"\\[dtc]frac", r"\\frac"), (r"\\!|(?<=\d)\\[,;: ](?=\d{3}(?!\d))", ""), (r"\{,\}", ","),
+         (r"(?<!\\)\\(?:[,;:>\s]|q?quad(?![a-z]))|~", " "), (r"\\\$|\$|\u20ac|\u00a3", ""),
+         (r"\\%|%|\\percent", ""), (r"\^\s*(?:\{\s*\\circ\s*\}|\\circ)|\\degree|°", ""),
+         (r"\\(?:mbox|textbf|textit|mathrm|mathbf|textrm|mathit|operatorname)\b", r"\\text"),
+         (r"(?:\\ge(?:q|qslant)?|\\gt=)(?![a-z])|>=|≥", r"\\geq "),
+         (r"\\le(?:q|qslant)?(?![a-z])|<=|≤", r"\\leq "), (r"\\neq?(?![a-z])|!=|≠", r"\\neq "),
+         (r"\\lt(?![a-z])", "<"), (r"\\gt(?![a-z])", ">"), (r"−|–", "-"),
+         (r"\\(?:cdot|times)(?![a-z])", r"\\cdot"), (r"\\frac\s*(\d)\s*(\d)", r"\\frac{\1}{\2}"),
+         (r"\\frac\s*(\d)\s*\{", r"\\frac{\1}{"), (r"\\sqrt\s*(\w)", r"\\sqrt{\1}"),
+         (r"(?<![\d}])(\d+)\s*\\frac\{(\d+)\}\{(\d+)\}", _mixed),
+         (r"(?<![\d./}])(\d+)\s+(\d+)\s*/\s*(\d+)(?![\d/])", _proper),
+         (r"\\(?:l|r)?dots|…", "..."), (r"π", r"\\pi "), (r"∞", r"\\infty ")]
 
 # %% ../nbs/18_verifiers.ipynb #87384151
-_UNITS = (r"(?:square|cubic|sq\.?|cu\.?)?\s*(?:units?|inch(?:es)?|in\.?|f(?:ee|oo)t|ft\.?|yards?|miles?|(?:centi|milli|kilo)?met(?:er|re)s?|cm|mm|km|m|kg|g|"
-          r"degrees?|dollars?|cents?|hours?|minutes?|seconds?|days?|weeks?|months?|years?|mph|percent|pounds?|ounces?|liters?|points?|students?|people|ways)")
+_UNITS = (r"(?:square|cubic|sq\.?|cu\.?)?\s*(?:units?|inch(?:es)?|in\.?|f(?:ee|oo)t|ft\.?|yards?"
+          r"|miles?|(?:centi|milli|kilo)?met(?:er|re)s?|cm|mm|km|kg|degrees?|dollars?|cents?|hours?"
+          r"|minutes?|seconds?|days?|weeks?|months?|years?|mph|percent|pounds?|ounces?|points?"
+          r"|students?|people|ways|gal(?:lon)?s?|quarts?|pints?|lit(?:re|er)s?|ml|acres?|hectares?"
+          r"|hrs?|mins?|secs?|lbs?|km/?h|kph|yrs?|rupees?|coins?|digits?|tiles?|edges?|men|women"
+          r"|times|rows)")
+_UNIT = re.compile(rf"(?i)(?<=[\d}})])(?:\s*(?:\\text\s*\{{[^{{}}]*\}}|{_UNITS})|\s+(?-i:m|g))"
+                   r"(?:\s*(?:\^\s*\{?[23]\}?|/\s*\w+|per\s+\w+))?\s*\.?\s*$")
 
-# %% ../nbs/18_verifiers.ipynb #c53c67dc
 def tidy_latex(s: str) -> str:
-    "One spelling for what differs only in typesetting; units, degrees, currency and percent signs go."
+    "One spelling for what differs only in typesetting; units, degrees, currency, percent go."
     for pattern, new in _TIDY: s = re.sub(pattern, new, s)
-    s = re.sub(rf"(?i)(?<=[\d}})])\s*(?:\\text\s*\{{[^{{}}]*\}}|{_UNITS})(?:\s*(?:\^\s*\{{?[23]\}}?|/\s*\w+|per\s+\w+))?\s*\.?\s*$", "", s) or s
+    for _ in range(2): s = _UNIT.sub("", s) or s
     s = re.sub(r"\\text\s*\{([^{}]*)\}", r" \1 ", s)
-    s = re.sub(r"^\s*(?:\\?[A-Za-z](?:_\{?\w+\}?)?|[a-z]\([a-z]\))\s*(?:=|\\in(?![a-z]))\s*(?=\S)", "", s) if s.count("=") + s.count("\\in ") == 1 else s
-    s = re.sub(r"(?<=\d),(?=\d{3}(?:\D|$))", "", s) if re.fullmatch(r"\D*\d{1,3}(,\d{3})+(\.\d+)?\D*", s) else s
+    if re.fullmatch(r"\D*\d{1,3}(,\d{3})+(\.\d+)?\D*", s): s = re.sub(r"(?<=\d),(?=\d{3})", "", s)
     s = re.sub(r"(?<![\d.])\.(?=\d)", "0.", s)
     s = re.sub(r"(?<=\d)\.0+(?=\D|$)", "", s)
     s = re.sub(r"(\\[A-Za-z]+)\s+(?=[A-Za-z])", "\\1\0", s)       # `\pi r` needs its space
     return re.sub(r"\s+", "", s).replace("\0", " ").rstrip(".,;").replace("\\cdot", "*")
 
 # %% ../nbs/18_verifiers.ipynb #03f0c1b1
+_PAIRS = (("(", ")"), ("[", "]"), ("(", "]"), ("[", ")"), ("\\{", "\\}"))
+
 def _parts(s):
-    "Split at top-level commas (`and` and `or` count as commas): (brackets, parts); brackets are '' for a bare list."
+    "Split at top-level commas, `and`, `or`: (brackets, parts); brackets are '' for a bare list."
     s = re.sub(r"\\text\s*\{\s*(?:and|or)\s*,?\s*\}|(?<![A-Za-z\\])(?:and|or)(?![A-Za-z])", ",", s)
     s = re.sub(r"\\(?:left|right)(?![a-zA-Z])|\{,\}", "", s).strip().strip("$").strip()
-    braces = ""
-    for o, c in (("(", ")"), ("[", "]"), ("(", "]"), ("[", ")"), ("\\{", "\\}")):
-        if s.startswith(o) and s.endswith(c) and _closes(s[len(o):-len(c)]): braces, s = o + c, s[len(o):-len(c)]; break
+    inside = lambda o, c: s.startswith(o) and s.endswith(c) and _closes(s[len(o):-len(c)])
+    o, c = next((pair for pair in _PAIRS if inside(*pair)), ("", ""))
     out, depth = [""], 0
-    for ch in s:
+    for ch in s[len(o):len(s) - len(c)]:
         depth += (ch in "([{") - (ch in ")]}")
         if ch == "," and depth == 0: out.append("")
         else: out[-1] += ch
-    return braces, [p for p in map(str.strip, out) if p]
+    parts = [p for p in map(str.strip, out) if p]
+    both = lambda p: [p.replace("\\pm", sign) for sign in "+-"] if "\\pm" in p else [p]
+    return o + c, parts if o not in ("", "\\{") else [q for p in parts for q in both(p)]
 
-# %% ../nbs/18_verifiers.ipynb #b73efb4e
 def _closes(s):
     "Whether no bracket opened before `s` closes inside it."
     depth = 0
@@ -161,88 +201,249 @@ def _closes(s):
         if depth < 0: return False
     return depth == 0
 
+# %% ../nbs/18_verifiers.ipynb #39796343
+_SIGN = re.compile(r"\\(?:leq|geq|neq|in|approx)(?![A-Za-z])|[=<>]|[{}]")
+_NAME = re.compile(r"(?:[A-Za-z]|\\[a-z]+|[A-Z]{2,4}|m?\\(?:angle|triangle) ?[A-Z]{1,3}|\|[A-Z]+\|)"
+                   r"(?:_(?:\w|\{[^{}]*\}))?'*(?:\([^()=<>]*\))?|\([a-z](?:,[a-z])+\)")
+
+def _sides(s):
+    "A tidied answer, split at its signs of relation outside braces: (sides, signs)."
+    sides, signs, depth, start = [], [], 0, 0
+    for m in _SIGN.finditer(s):
+        if m[0] in "{}": depth += 1 if m[0] == "{" else -1
+        elif depth == 0:
+            sides.append(s[start:m.start()])
+            signs.append(m[0])
+            start = m.end()
+    return [*map(str.strip, sides), s[start:].strip()], signs
+
+def _intro(s):
+    "(name, value) of an answer that is introduced by a name; ('', the answer) of any other."
+    sides, signs = _sides(tidy_latex(s))
+    if not signs or set(signs) - {"=", "\\in", "\\approx"} or len(_parts(s)[1]) > 1: return "", s
+    names = list(itertools.takewhile(_NAME.fullmatch, sides[:-1]))
+    return (names[-1], sides[-1]) if names else ("", s)
+
+# %% ../nbs/18_verifiers.ipynb #4fd6006c
+def _same_name(a, b):
+    "Whether two names agree; `y` and `f(x)` are labels, and so is any other function of a letter."
+    label = re.compile(r"y|[A-Za-z](?:_\w)?\([a-z]\)")
+    bare = lambda n: re.sub(r"[{}\s]", "", n).lower()
+    return bare(a) == bare(b) or bool(label.fullmatch(a) and label.fullmatch(b))
+
+def _equal_named(nx, x, ny, y, said, gold, seconds):
+    "Two answers of which at least one is introduced by a name."
+    plain = lambda s: set(_sides(tidy_latex(s))[1]) <= {"="} and len(_parts(s)[1]) == 1
+    equation = lambda s: plain(s) and "=" in s
+    if nx and ny and _same_name(nx, ny): return math_equal(x, y, seconds)
+    if equation(said) and equation(gold): return _equal_relations(said, gold, seconds)
+    return (False, f"different names {nx} and {ny}") if nx and ny else math_equal(x, y, seconds)
+
+def _equal_relations(said, gold, seconds):
+    "Two answers of which at least one is an equation or an inequality; the gold answer decides."
+    (x, xs), (y, ys) = (_sides(tidy_latex(s)) for s in (said, gold))
+    if set(ys) == {"="}:
+        if set(xs) != {"="}: return False, "an equation is wanted"
+        if len(x) == len(y) == 2: return _asked("equation", y, x, seconds)
+        same = len(x) == len(y) and all(math_equal(*p, seconds)[0] for p in zip(x, y))
+        return same, "side by side"
+    if ys and set(xs) <= {"="} and (xs or _one_number(x[-1]) is not None):
+        return False, "an inequality is wanted"
+    if not ys and set(xs) == {"="}: return math_equal(x[-1], gold, seconds)
+    kind = "relation" if ys else "set"
+    return _asked(kind, tidy_latex(gold), tidy_latex(said), seconds)
+
+# %% ../nbs/18_verifiers.ipynb #77d12f40
+_PLAIN_NUMBER = re.compile(r"(-?)(?:\\frac\{(-?\d+)\}\{(\d*[1-9]\d*)\}|(\d+)/(\d*[1-9]\d*)"
+                           r"|(\d*\.?\d+))")
+
+def _one_number(s):
+    "The value of `18`, `-1.5`, `3/4`, `\\frac{3}{4}`; None for anything else."
+    m = _PLAIN_NUMBER.fullmatch(s[:400])
+    if not m or len(s) > 400: return None
+    x = Fraction(m[6]) if m[6] else Fraction(int(m[2] or m[4]), int(m[3] or m[5]))
+    return -x if m[1] else x
+
+def _same_number(x, y):
+    "Equal, or a fraction and the decimal written for it."
+    near = abs(x - y) < 5e-7 and abs(x - y) <= max(abs(x), abs(y)) / 100_000
+    return x == y or x.denominator != y.denominator and near
+
+_BASES = dict(two=2, three=3, four=4, five=5, six=6, seven=7, eight=8, nine=9, ten=10, twelve=12)
+
+def _numeral(s):
+    "(digits, base) of a numeral such as `341_6`, `1A_{16}`, `341_{six}`; (s, None) without a base."
+    m = re.fullmatch(r"\(?(\d[\dA-Fa-f]*)\)?_\{?(\d+|[a-z]+)\}?", s)
+    base = m and (_BASES.get(m[2]) or m[2].isdigit() and int(m[2]))
+    return (m[1].upper(), base) if base else (s, None)
+
+# %% ../nbs/18_verifiers.ipynb #3b8c573b
+def _read_math(latex):
+    "What math-verify makes of an answer: expressions first, its text last."
+    from dataclasses import replace
+    from math_verify import LatexExtractionConfig, parse
+    tidy = replace(LatexExtractionConfig().normalization_config, units=False)    # 5m is no 5
+    config = LatexExtractionConfig(normalization_config=tidy)
+    return parse(f"${latex}$", [config], parsing_timeout=None)
+
+def _agree(a, b):
+    "Whether two expressions agree at three points: to 1e-5 beside a decimal, otherwise to 1e-12."
+    import sympy
+    if not all(isinstance(e, sympy.Expr) for e in (a, b)): return True
+    a, b = a.doit(), b.doit()
+    letters = sorted(a.free_symbols | b.free_symbols, key=str)
+    tolerance = 1e-5 if a.has(sympy.Float) or b.has(sympy.Float) else 1e-12
+    for k in range(3):
+        at = {s: sympy.Rational(61 * k + 17 * i + 37, 101) for i, s in enumerate(letters)}
+        p, q = a.subs(at), b.subs(at)
+        if p == q or not (p.is_finite and q.is_finite): continue
+        size = max(abs(p.evalf(30)), abs(q.evalf(30)))
+        if size < 1e-90 and not (p.is_Rational and q.is_Rational): continue   # 0, as far as it goes
+        if not abs((p - q).evalf(30)) <= tolerance * size: return False
+    return True
+
+# %% ../nbs/18_verifiers.ipynb #ad6bd25a
+def _same_math(kind, gold, said):
+    "Whether two values, relations or equations (as two sides each) are the same; gold first."
+    from math_verify import verify
+    if kind == "equation": return _same_equation(gold, said)
+    a, b = _read_math(gold), _read_math(said)
+    if not a or not b: return False
+    if kind == "set" and verify(b, a, timeout_seconds=None): return True
+    return verify(a, b, timeout_seconds=None) and _agree(a[0], b[0])
+
+def _same_equation(gold, said):
+    "Whether one equation is a multiple of the other, or both have the same solutions."
+    import sympy
+    from math_verify import verify
+    sides = [(_read_math(s) or [None])[0] for s in (*gold, *said)]
+    if not all(isinstance(e, sympy.Expr) for e in sides): return False
+    f, g = sides[0] - sides[1], sides[2] - sides[3]
+    if sympy.simplify(g) == 0: return False
+    ratio = sympy.simplify(f / g)
+    if ratio.is_number: return bool(ratio.is_finite and ratio != 0)
+    pair = (sympy.Eq(*sides[i:i + 2], evaluate=False) for i in (0, 2))
+    return bool(sympy.solve(f, dict=True)) and verify(*pair, timeout_seconds=None)
+
 # %% ../nbs/18_verifiers.ipynb #047385b8
-_HELPER = """
-import sys, json, resource, signal
-resource.setrlimit(resource.RLIMIT_AS, (4 << 30, 4 << 30))
-from math_verify import parse, verify
-print("ready", flush=True)
-for line in sys.stdin:
-    a, b, seconds = json.loads(line)
-    signal.alarm(int(seconds) + 2)
-    try:
-        a, b = (parse("$" + x + "$", parsing_timeout=None) for x in (a, b))
-        same = bool(a and b and (verify(a, b, timeout_seconds=None) or verify(b, a, timeout_seconds=None)))
-    except Exception: same = False
-    signal.alarm(0)
-    print(json.dumps(same), flush=True)
-"""
+def _serve():
+    "The helper's loop: a question on a line, `true` or `false` on a line."
+    import json, resource, signal, sys
+    import math_verify
+    resource.setrlimit(resource.RLIMIT_AS, (4 << 30, 4 << 30))
+    print("ready", flush=True)
+    for line in sys.stdin:
+        seconds, *question = json.loads(line)
+        signal.alarm(int(seconds) + 2)
+        try: same = bool(_same_math(*question))
+        except Exception: same = False
+        signal.alarm(0)
+        print(json.dumps(same), flush=True)
 
 # %% ../nbs/18_verifiers.ipynb #9fdf000d
 class _Helper:
-    "A process that compares two LaTeX answers; started when first needed, and again after a time-out."
+    "A process that compares answers; started when first needed, and again after a time-out."
     def __init__(self): self.process, self.lock = None, threading.Lock()
 
     def start(self):
-        if importlib.util.find_spec("math_verify") is None: raise ImportError("comparing MATH answers needs math-verify: pip install math-verify")
-        self.process = subprocess.Popen([sys.executable, "-c", _HELPER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
-        if self.line(60) != "ready": raise RuntimeError("math-verify does not start: try `python -c 'import math_verify'`")
+        if importlib.util.find_spec("math_verify") is None:
+            raise ImportError("comparing MATH answers needs math-verify: pip install math-verify")
+        parts = _read_math, _agree, _same_equation, _same_math, _serve
+        source = "\n".join([*map(inspect.getsource, parts), "_serve()"])
+        pipe = subprocess.PIPE
+        self.process = subprocess.Popen([sys.executable, "-c", source], stdin=pipe, stdout=pipe,
+                                        stderr=subprocess.DEVNULL, text=True,
+                                        start_new_session=True)        # Ctrl-C is not for it
+        if self.line(60) != "ready":
+            raise RuntimeError("math-verify does not start: try `python -c 'import math_verify'`")
 
     def line(self, seconds):
         with selectors.DefaultSelector() as sel:
             sel.register(self.process.stdout, selectors.EVENT_READ)
             return self.process.stdout.readline().strip() if sel.select(seconds) else None
 
-    def same(self, a, b, seconds):
-        with self.lock:
-            if self.process is None or self.process.poll() is not None: self.start()
-            try: self.process.stdin.write(json.dumps([a, b, seconds]) + "\n"); self.process.stdin.flush(); said = self.line(seconds)
-            except BrokenPipeError: said = None
-            if not said: self.process.kill(); self.process.communicate(); self.process = None
-            return json.loads(said) if said else None
-
+# %% ../nbs/18_verifiers.ipynb #4b9777b4
 _helper = _Helper()
 
+def _asked(kind, gold, said, seconds):
+    "The helper's answer and the reason for it."
+    with _helper.lock:
+        if _helper.process is None or _helper.process.poll() is not None: _helper.start()
+        try:
+            _helper.process.stdin.write(json.dumps([seconds, kind, gold, said]) + "\n")
+            _helper.process.stdin.flush()
+            answer = _helper.line(seconds)
+        except BrokenPipeError: answer = None
+        if not answer:
+            _helper.process.kill()
+            _helper.process.communicate()
+            _helper.process = None
+            return False, f"no decision within {seconds:g} s"
+    return answer == "true", f"{'the same' if answer == 'true' else 'different'} by math-verify"
+
 # %% ../nbs/18_verifiers.ipynb #15835697
-def math_equal(a: str, b: str,          # two answers in LaTeX
+def math_equal(said: str, gold: str,    # two answers in LaTeX; the gold one decides what will do
                seconds: float = 5.,     # time limit of the symbolic comparison
               ) -> tuple:               # (bool, why)
-    "Whether two answers are the same answer."
-    x, y = tidy_latex(a), tidy_latex(b)
-    if x == y or x.lower() == y.lower() and re.fullmatch(r"[A-Za-z().]+", x): return True, "the same text"
-    if (x.strip("()").upper() == y.strip("()").upper()) and re.fullmatch(r"\(?[A-Za-z]\)?", x): return True, "the same letter"
-    nx, ny = _one_number(x), _one_number(y)
-    if nx is not None and ny is not None and (nx == ny or nx.denominator != ny.denominator and abs(nx - ny) < 5e-7): return True, "the same number"
-    (bx, px), (by, py) = _parts(a), _parts(b)
-    if len(px) > 1 or len(py) > 1: return _equal_parts(bx, px, by, py, a, b, seconds)
-    if nx is not None and ny is not None: return False, "different numbers"
-    if any(re.search(r"\\(?:text|mbox)", t) or re.fullmatch(r"[A-Za-z]{3,}", t) for t in (a, b)) and not (nx or ny): return False, "different words"
-    said = _helper.same(x, y, seconds)
-    return (said, "the same by math-verify" if said else "different by math-verify") if said is not None else (False, f"no decision within {seconds:g} s")
+    "Whether an answer is the gold answer."
+    squeezed = lambda s: re.sub(r"(?<!\d)\s+|\s+(?!\d)", "", s)     # not `2 1/3`
+    if tidy_latex(said) == tidy_latex(gold) or squeezed(said) == squeezed(gold):
+        return True, "the same text"
+    said, gold = _unwrapped(said), _unwrapped(gold)
+    (nx, x), (ny, y) = _intro(said), _intro(gold)
+    if nx or ny: return _equal_named(nx, x, ny, y, said, gold, seconds)
+    (bx, px), (by, py) = _parts(said), _parts(gold)
+    if len(px) > 1 or len(py) > 1: return _equal_lists(bx, px, by, py, said, gold, seconds)
+    if any(_sides(tidy_latex(s))[1] for s in (said, gold)):
+        return _equal_relations(said, gold, seconds)
+    worded = "\\text" in said + gold or "\\mbox" in said + gold
+    return _equal_values(tidy_latex(said), tidy_latex(gold), seconds, worded)
 
-# %% ../nbs/18_verifiers.ipynb #77d12f40
-def _one_number(s):
-    "The value of `18`, `-1.5`, `3/4`, `\\frac{3}{4}`; None for anything else."
-    m = re.fullmatch(r"(-?)(?:\\frac\{(-?\d+)\}\{(\d*[1-9]\d*)\}|(\d+)/(\d*[1-9]\d*)|(\d*\.?\d+))", s[:400])
-    if not m or len(s) > 400: return None
-    x = Fraction(m[6]) if m[6] else Fraction(int(m[2] or m[4]), int(m[3] or m[5]))
-    return -x if m[1] else x
+def _unwrapped(s):
+    "An answer without brackets round its one part; they say nothing."
+    brackets, parts = _parts(s)
+    one = brackets in ("()", "\\{\\}") and len(parts) == 1 and not re.search(r"\||\\mid", s)
+    return parts[0] if one else s
+
+# %% ../nbs/18_verifiers.ipynb #23f09780
+def _equal_values(x, y, seconds, worded=False):
+    "Two tidied answers without lists and relations."
+    bare = lambda s: s.strip("()").upper()
+    if x.lower() == y.lower() and re.fullmatch(r"[A-Za-z().]+", x): return True, "the same text"
+    if bare(x) == bare(y) and re.fullmatch(r"\(?[A-Za-z]\)?", x): return True, "the same letter"
+    (dx, kx), (dy, ky) = _numeral(x), _numeral(y)
+    if kx or ky:
+        same = dx == dy and (kx == ky or None in (kx, ky))
+        return same, " and ".join(f"{d} in base {k}" if k else d for d, k in ((dx, kx), (dy, ky)))
+    nx, ny = _one_number(x), _one_number(y)
+    if nx is not None and ny is not None:
+        return (True, "the same number") if _same_number(nx, ny) else (False, "different numbers")
+    if ":" in x and ":" in y:
+        tx, ty = x.split(":"), y.split(":")
+        same = len(tx) == len(ty) and all(_equal_values(*p, seconds)[0] for p in zip(tx, ty))
+        return same, "compared part by part"
+    words = worded or any(re.fullmatch(r"[A-Za-z]{3,}", t) for t in (x, y))
+    if words and not (nx or ny): return False, "different words"
+    return _asked("value", y, x, seconds)
 
 # %% ../nbs/18_verifiers.ipynb #2091e8f9
-def _equal_parts(bx, px, by, py, a, b, seconds):
-    "Lists: the same length, the same brackets, and equal parts; in any order outside round and square brackets."
-    ordered = lambda braces: braces not in ("", "\\{\\}")
+def _equal_lists(bx, px, by, py, said, gold, seconds):
+    "The same length, brackets and parts; in any order outside round and square brackets."
+    ordered = lambda brackets: brackets not in ("", "\\{\\}")
     if ordered(bx) and ordered(by) and bx != by: return False, f"different brackets {bx} and {by}"
-    if len(px) == len(py):
-        if ordered(bx) or ordered(by): hit = all(math_equal(p, q, seconds)[0] for p, q in zip(px, py))
-        else: hit = _matched(px, py, seconds)
-        if hit: return True, "equal parts"
-        if ordered(bx) and ordered(by): return False, "parts differ"
-    if min(len(px), len(py)) > 1 and len(px) != len(py): return False, "lists of different length"
-    said = _helper.same(tidy_latex(a), tidy_latex(b), seconds)
-    return bool(said), "the same by math-verify" if said else "parts differ"
+    if len(px) != len(py):
+        if min(len(px), len(py)) > 1: return False, "lists of different length"
+        signs = [bool(_sides(tidy_latex(s))[1]) for s in (said, gold)]
+        kind = "relation" if signs[1] else "set" if signs[0] else "value"
+        return _asked(kind, tidy_latex(gold), tidy_latex(said), seconds)
+    nx, ny = ([_intro(p)[0] for p in parts] for parts in (px, py))
+    point = lambda names: all(names) and len(set(names)) == len(names)
+    if point(nx) and ordered(by) and not any(ny): px = [p for _, p in sorted(zip(nx, px))]
+    in_order = ordered(bx) or ordered(by) or point(ny) and not any(nx)
+    if in_order: hit = all(math_equal(p, q, seconds)[0] for p, q in zip(px, py))
+    else: hit = _matched(px, py, seconds)
+    return hit, "equal parts" if hit else "parts differ"
 
-# %% ../nbs/18_verifiers.ipynb #c6846961
 def _matched(px, py, seconds):
     "Whether every part of one list has a partner of its own in the other."
     left = list(py)
@@ -252,141 +453,287 @@ def _matched(px, py, seconds):
         del left[k]
     return True
 
+# %% ../nbs/18_verifiers.ipynb #c600d4b5
+_FORMULA = re.compile(r"(?<!\\)\$\$?([^$]+)(?<!\\)\$\$?|\\\((.+?)\\\)|\\\[(.+?)\\\]", re.S)
+_LONE = re.compile(r"\s*(?:[a-df-hj-z]|\\(?!pi|infty|emptyset|varnothing)[a-z]+)(?:_\{?\w+\}?)?\s*")
+_BETWEEN = re.compile(r"(?:[\s$,;&.:()\[\]\\{}]|quad|text|and|or|[A-Za-z](?:_\w+)?\s*=)*")
+_STATED = re.compile(r"(?i)(?:=|\b(?:is|are|was|were|be|equals?|have|has|gets?|gives?|makes?"
+                     r"|totals?|so)\b)(?:\s|about|approximately|exactly|only|just|then|therefore"
+                     r"|thus|equal to|[:(])*(?=[-\u2212$]?\.?\d)")
+
+def _together(found, text, many, alone=False):
+    "The last `many` pieces (content, start, end) if they stand together or alone, else the last."
+    if not found: return None
+    if many < 2 or len(_parts(_intro(found[-1][0])[1])[1]) > 1: return found[-1][0]
+    run = [found[-1]]
+    for piece in found[-2::-1]:
+        if not _BETWEEN.fullmatch(text[piece[2]:run[0][1]]): break
+        run.insert(0, piece)
+    run = found if alone else run
+    return ", ".join(p[0] for p in run) if len(run) == many else found[-1][0]
+
 # %% ../nbs/18_verifiers.ipynb #52a8c061
-def math_answer(text: str) -> str:  # None when there is none
-    "The answer that a completion states: its last box, else what follows `answer is`, else its last formula or number."
+def math_answer(text: str,      # a completion
+                many: int = 1,  # how many values are wanted
+               ) -> str:        # None when there is none
+    "The answer of a completion: its last box, else what follows `answer is`, else what comes last."
     text = answer_region(text)
-    if (box := boxed(text)): return box
+    if (found := boxes(text)): return _together(found, text, many, alone=len(found) == many)
     for sentence, *_ in _phrases(text):
-        inside = re.findall(r"\$\$?([^$]+)\$\$?|\\\((.+?)\\\)|\\\[(.+?)\\\]", sentence)
-        if sentence.strip(): return next((x for x in inside[-1] if x), "") if inside else sentence.strip().strip("*").strip()
-    formulas = re.findall(r"\$\$?([^$]+)\$\$?|\\\((.+?)\\\)|\\\[(.+?)\\\]", text, re.S)
-    if formulas: return next(x for x in formulas[-1] if x).rsplit("=", 1)[-1].strip()
-    return _show(numbers(_plain(text))[-1][0]) if numbers(_plain(text)) else None
+        if not sentence.strip(): continue
+        said = re.split(r"[,;]?\s+(?:because|since|as|where|which|when|for|so)\b", sentence)[0]
+        return _together(_formulas(said), said, many) or said.strip().strip("*").strip()
+    found = _formulas(text)
+    telling = [f for f in found if not _LONE.fullmatch(f[0])]
+    tail = _plain(text[telling[-1][2]:] if telling else _FORMULA.sub(" ", text))
+    ends, last = {m.end() for m in _STATED.finditer(tail)}, numbers(tail)
+    if stated := [x for x, start, _ in last if start in ends]: return _show(stated[-1])
+    if telling: return _together(telling, text, many)
+    return _show(last[-1][0]) if last else found[-1][0] if found else None
+
+def _formulas(text):
+    "The formulas of a text as (content, start, end)."
+    return [(next(filter(None, m.groups())).strip(), *m.span()) for m in _FORMULA.finditer(text)]
 
 # %% ../nbs/18_verifiers.ipynb #b35847d3
 def judge_math(completion: str, gold: str) -> Verdict:
     "Correct when the completion's answer is mathematically `gold`."
-    said = math_answer(completion)
+    said = math_answer(completion, len(_parts(gold)[1]))
     ok, why = math_equal(said, gold) if said is not None else (False, "no answer in it")
     return Verdict(1. if ok else -1., ok, said, gold, why)
 
 # %% ../nbs/18_verifiers.ipynb #89a4c734
-_CHOICE = re.compile(r"(?i)\b(?:answer|choice|option)(?:\s+(?:choice|option|letter))?\s*(?:is|was|would be|will be|should be|must be|:|=)\s*(?:option|choice|letter)?\s*[:\s]*")
+_NOT = re.compile(r"(?i)(?:\b(?:not|never|nor|neither|than|except|without|cannot be|instead of"
+                  r"|rul\w+ out|eliminat\w+|exclud\w+|reject\w*)|n['’]t(?: be| choose)?)\W+"
+                  r"(?:(?:option|choice|answer|be|the|an?)\W+)*$")
+_WRONG = re.compile(r"(?i)[\s)*}\]\"']*(?:(?:is|are|was|can|does|do|would|could)(?:n['’]t| not)\b"
+                    r"|cannot\b|not (?:correct|right|the)\b|(?:is|are|was|seems?|would be)\W+"
+                    r"(?:\w+ly |also )?(?:wrong|incorrect|false|ruled out)\b)")
+
+def _denied(text, start, end):
+    "Whether what stands at `start:end` is named only to be refused."
+    return bool(_NOT.search(text[max(0, start - 60):start]) or _WRONG.match(text[end:end + 60]))
+
+# %% ../nbs/18_verifiers.ipynb #dfcdb3d4
+def _one_of(labels): return "|".join(sorted(map(re.escape, labels), key=len, reverse=True))
 
 def _letter(text, labels):
-    "The label that `text` begins with: `(B)`, `B.`, `B`, but not the article in `A leg muscle`; '' when two are offered."
-    one = "|".join(sorted(map(re.escape, labels), key=len, reverse=True))
-    m = re.match(rf"[\s*_$\"'\\(\[{{]*(?:text\s*\{{)?\(?({one})(?![A-Za-z0-9])([\s*_\"'}}$\]]*[).:,;\]}}*]*)", text) or \
+    "The label that `text` begins with (not an article); '' when two are offered; None without one."
+    one = _one_of(labels)
+    start = r"[\s*_$\"'\\(\[{]*(?:(?:text|option|choice|answer)\s*[{:]?\s*)?"
+    m = re.match(rf"(?i:{start})\(?({one})(?![A-Za-z0-9])([\s*_\"'}}$\]]*[).:,;\]}}*]*)", text) or \
         re.match(rf"(?i)\s*\(?({one})(?:[).]|\s*$)()", text)
-    if not m: return None
+    if not m or _denied(text, *m.span(1)): return None
     after = text[m.end():]
-    if re.match(rf"\s*(?:or|and|/|&)\s*\(?(?:{one})(?![A-Za-z0-9])", after): return ""
-    article = m[1] in ("A", "I") and not m[2].strip() and re.match(r"\s*[a-z]", after) and not re.match(r"\s*(?:is|because|since|as|which|for)\b", after)
+    other = re.match(rf"\s*(?:,?\s*(?:or|and)|[,/&])?\s*(?:\(({one})\)|({one})(?=[).,:;]*\s*(?:$"
+                     rf"|[,/&(]|or\b|and\b|(?:{one})\b)))", after)
+    if other and (other[1] or other[2]) != m[1]:
+        if not _denied(text, *(m.end() + i for i in other.span())): return ""
+    states = re.match(r"\s*(?:is|because|since|as|which|for)\b", after)
+    word = m[1] in ("A", "I") and not m[2].strip()
+    article = word and re.match(r"\s*[a-z]", after) and not states
     return None if article else next(x for x in labels if x.upper() == m[1].upper())
 
+# %% ../nbs/18_verifiers.ipynb #442199ca
+def _flat(text): return re.sub(r"[^\w]+", " ", text).strip().lower()
+
+def _by_text(segment, labels, texts, anywhere=False):
+    "The label of the one choice whose text stands at the start of `segment` (or anywhere in it)."
+    s, hit = _flat(segment), {}
+    for label, text in zip(labels, map(_flat, texts)):
+        where = r"\b" if anywhere else "^"
+        found = re.finditer(where + re.escape(text) + r"\b", s) if text else ()
+        if any(not _denied(s, *m.span()) for m in found): hit[label] = text
+    longest = max(hit, key=lambda l: len(hit[l]), default=None)
+    return longest if all(text in hit[longest] for text in hit.values()) else None
+
+def _without_options(lines, labels, texts):
+    "The lines without a list that only repeats the options: its first line for each of them."
+    listed = {}
+    for i, line in enumerate(lines):
+        for label, text in zip(labels, texts):
+            if label not in listed and _flat(line) == _flat(f"{label} {text}"): listed[label] = i
+    return [l for i, l in enumerate(lines) if len(listed) < 2 or i not in listed.values()] or [""]
+
 # %% ../nbs/18_verifiers.ipynb #0240ad46
+_CHOICE = re.compile(r"(?i)\b(?:answer|choice|option)(?:\s+(?:choice|option|letter))?\s*"
+                     r"(?:is|was|would be|will be|should be|must be|:|=)\s*"
+                     r"(?:option|choice|letter)?\s*[:\s]*")
+_PICK = re.compile(r"(?i)(?<!not )(?<!never )(?<!n't )(?<!n’t )\b(?:choose|chose|pick|select"
+                   r"|go with)\s+(?=\W*\w)")
+
 def stated_choice(text: str,      # a completion
                   labels: list,   # the labels on offer
                   texts: list,    # what they stand for
                  ) -> tuple:      # (label or None, how it was found)
     "The choice that a completion states."
     text = answer_region(text)
-    if (box := boxed(text)) is not None: said = [(box, "in the last \\boxed{}")]
-    else: said = [(text[m.end():].split("\n\n")[0], "after 'answer is'") for m in reversed(list(_CHOICE.finditer(text)))]
-    for segment, how in said:
-        if re.match(r"[\s*$\\]*\(\w\)", segment) and (x := _letter(segment, labels)): return x, how
-        if (x := _by_text(segment, labels, texts)): return x, f"{how}, by its text"
-        if (x := _letter(segment, labels)): return x, how
-        if x == "": return None, "two choices at once"
-    lines = [l for l in text.split("\n") if l.strip()] or [""]
+    after = lambda pattern: [text[m.end():].split("\n\n")[0] for m in pattern.finditer(text)][::-1]
+    box = boxed(text)
+    for segment in after(_CHOICE) if box is None else [box]:
+        how = "after 'answer is'" if box is None else "in the last \\boxed{}"
+        letter, words = _letter(segment, labels), _by_text(segment, labels, texts)
+        if letter and re.match(r"[\s*$\\]*\(\w\)", segment): return letter, how
+        if words: return words, f"{how}, by its text"
+        if letter: return letter, how
+        if letter == "": return None, "two choices at once"
+    if (x := _called_right(text, labels, texts)): return x, "called the right one"
+    lines = _without_options([l for l in text.split("\n") if l.strip()], labels, texts)
     for line, how in ((lines[-1], "on the last line"), (lines[0], "on the first line")):
         if (x := _letter(line, labels)): return x, how
-    lone = re.findall(rf"\(({'|'.join(map(re.escape, labels))})\)|\*\*({'|'.join(map(re.escape, labels))})[.):]?(?:\*\*|\s)", lines[-1])
-    if len({a or b for a, b in lone}) == 1: return lone[0][0] or lone[0][1], "the only letter marked on the last line"
-    x = _by_text(lines[-1], labels, texts, anywhere=True)
-    return (x, "by its text, on the last line") if x else (None, "no choice stated")
+    return _marked(lines[-1], after(_PICK), labels, texts)
 
-# %% ../nbs/18_verifiers.ipynb #442199ca
-def _by_text(segment, labels, texts, anywhere=False):
-    "The label of the one choice whose text stands at the start of `segment` (or anywhere in it)."
-    flat = lambda t: re.sub(r"[^\w]+", " ", t).strip().lower()
-    s = flat(segment)
-    hit = [l for l, t in zip(labels, texts) if flat(t) and re.search((r"\b" if anywhere else "^") + re.escape(flat(t)) + r"\b", s)]
-    longest = max(hit, key=lambda l: len(flat(texts[labels.index(l)])), default=None)
-    inside = all(flat(texts[labels.index(l)]) in flat(texts[labels.index(longest)]) for l in hit)
-    return longest if hit and inside else None
+# %% ../nbs/18_verifiers.ipynb #bd692aac
+def _called_right(text, labels, texts):
+    "What is last called the right answer: `C is correct`, `the moon is the best answer`."
+    right = (r"\**\)?\**\s+(?:is|must be|would be)\s+(?:therefore |clearly |thus )?(?:the\s+)?"
+             r"(?:only |most )?(?:correct|right|answer\b|best (?:answer|choice|option|one))")
+    for m in reversed(list(re.finditer(rf"([^.\n]{{1,300}}?){right}", text))):
+        x = _by_text(m[1], labels, texts, anywhere=True)
+        at = re.search(rf"(?<![A-Za-z0-9])({_one_of(labels)})$", m[1])
+        if x and not (at and _flat(texts[labels.index(x)]) == at[1].lower()): return x
+        if at and not _denied(m[1], *at.span(1)): return at[1]
+
+def _marked(line, picked, labels, texts):
+    "A letter marked on the last line, a choice that somebody makes, or the words of one option."
+    one = _one_of(labels)
+    marks = re.finditer(rf"\(({one})\)|\*\*({one})[.):]?(?:\*\*|\s)", line)
+    lone = {m[1] or m[2] for m in marks if not _denied(line, *m.span())}
+    if len(lone) == 1: return lone.pop(), "the only letter marked on the last line"
+    for segment in picked[:1]:
+        x = _letter(segment, labels) or _by_text(segment, labels, texts)
+        if x: return x, "chosen"
+    x = _by_text(line, labels, texts, anywhere=True)
+    return (x, "by its text, on the last line") if x else (None, "no choice stated")
 
 # %% ../nbs/18_verifiers.ipynb #1930bdb3
 def judge_choice(completion: str, gold: str, labels: list, texts: list) -> Verdict:
     "Correct when the stated choice is `gold`; never by chance."
     x, how = stated_choice(completion, labels, texts)
-    return Verdict(1. if x == gold else -1., x == gold, x, gold, f"{x or 'nothing'} ({how}); the key is {gold}")
+    why = f"{x or 'nothing'} ({how}); the key is {gold}"
+    return Verdict(1. if x == gold else -1., x == gold, x, gold, why)
 
 # %% ../nbs/18_verifiers.ipynb #9352d617
 _FENCE = re.compile(r"```[ \t]*([\w+-]*)[^\n]*\n(.*?)(?:\n[ \t]*```|\Z)", re.S)
-_STOP = re.compile(r"\n(?=(?:class|def|if|print|assert|#|@|from|import|\"\"\"|'''|</?\w|\[DONE\]|```)[^\n]*)")
 
-# %% ../nbs/18_verifiers.ipynb #727844d9
 def find_code(text: str,         # a completion
               entry: str = "",   # the function wanted: the first block that defines it wins
              ) -> str:           # Python source; the text itself when nothing marks code
     "The program in a completion."
     text = spoken(text)
     if (m := re.search(r"\[BEGIN\]\s*(.*?)(?:\[DONE\]|\Z)", text, re.S)): text = m[1]
-    blocks = [b for lang, b in _FENCE.findall(text) if lang.lower() in ("", "python", "py", "python3")]
-    if blocks: return next((b for b in blocks if entry and re.search(rf"\b(?:def|class)\s+{re.escape(entry)}\b|^{re.escape(entry)}\s*=", b, re.M)), max(blocks, key=len))
-    return _parsing_part(text)
+    ours = ("", "python", "py", "python3")
+    blocks = [b for lang, b in _FENCE.findall(text) if lang.lower() in ours]
+    wanted = next((b for b in blocks if entry and _defines(b, entry)), None)
+    if wanted is None and (before := _before_fence(text)): wanted = _parsing_part(before)
+    if wanted is None: wanted = max(blocks, key=len) if blocks else _parsing_part(text)
+    return _without_input(wanted)
+
+def _defines(code, entry):
+    "Whether a program defines a name: as a function, a class, or by an assignment."
+    name = re.escape(entry)
+    return bool(re.search(rf"\b(?:def|class)\s+{name}\b|^{name}\s*(?::[^=\n]+)?=(?!=)", code, re.M))
 
 # %% ../nbs/18_verifiers.ipynb #301cc56d
-def parse_python(source):
+def parse_python(source: str):   # a syntax tree
     "ast.parse without Python's remarks about other people's escape sequences."
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return ast.parse(source)
 
+def _tree(source):
+    "The syntax tree of a program, or None."
+    try: return parse_python(source)
+    except (SyntaxError, ValueError, RecursionError, MemoryError): return None
+
+def _before_fence(text):
+    "The program before the first fence, where that fence closes it; else None."
+    before, fence, _ = text.partition("```")
+    body = "def _():\n" + textwrap.indent(textwrap.dedent(before), "    ")
+    tree = _tree(before) or _tree(body)
+    plain = ast.Expr, ast.FunctionDef, ast.Module, ast.Name, ast.Load, ast.arguments, ast.Constant
+    program = tree and any(not isinstance(n, plain) for n in ast.walk(tree))
+    return before if fence and program else None
+
 # %% ../nbs/18_verifiers.ipynb #ccab68bf
+_PROGRAM = re.compile(r"(?:from|import|def|class|async def|@)\b|@\w|\w+\s*=\s*lambda")
+
 def _parsing_part(text):
     "From the first line that looks like a program to the last with which it still parses."
     lines = text.split("\n")
-    first = next((i for i, l in enumerate(lines) if re.match(r"(?:from|import|def|class|async def|@)\b|@\w|\w+\s*=\s*lambda", l)), None)
+    first = next((i for i, l in enumerate(lines) if _PROGRAM.match(l)), None)
     if first is None: return text
     for last in range(len(lines), first, -1):
-        try: parse_python(part := "\n".join(lines[first:last])); return part
-        except (SyntaxError, ValueError, RecursionError, MemoryError): continue
+        if _tree(part := "\n".join(lines[first:last])): return part
     return "\n".join(lines[first:])
 
-# %% ../nbs/18_verifiers.ipynb #a6301080
-def complete_function(prompt: str, completion: str, entry: str) -> str:
-    "A program from HumanEval's prompt and a completion that either continues it or repeats the function."
-    code = find_code(completion, entry)
-    preamble = prompt[:max(0, prompt.rfind(f"def {entry}"))]
-    if re.search(rf"^\s*(?:async\s+)?def\s+{re.escape(entry)}\b", code, re.M): return f"{preamble}\n{_dedent(code)}"
-    body = _STOP.split("\n" + completion.split("```")[0].rstrip() if "```" not in completion else "\n" + code)
-    body = next((b for b in body if b.strip()), "").strip("\n")
-    if body and not body[0].isspace(): body = "\n".join("    " + l for l in body.split("\n"))
-    return prompt + body + "\n"
+# %% ../nbs/18_verifiers.ipynb #22f96693
+def _names(node):
+    "Every name that a syntax tree mentions; sys.stdin and sys.argv as one."
+    names = {n.id for n in ast.walk(node) if isinstance(n, ast.Name)}
+    return names | {f"sys.{n.attr}" for n in ast.walk(node) if isinstance(n, ast.Attribute)}
 
-# %% ../nbs/18_verifiers.ipynb #39940fee
+def _without_input(code):
+    "A program without the statements at its top level that ask for input."
+    tree = _tree(code)
+    asking = {"input", "sys.stdin", "sys.argv"}
+    if not tree or not asking & _names(tree): return code
+    kinds = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
+    made = {n.name: _names(n) for n in tree.body if isinstance(n, kinds)}
+    asking -= made.keys()
+    for _ in made: asking |= {name for name, uses in made.items() if uses & asking}
+    lines = code.split("\n")
+    for n in (n for n in tree.body if not isinstance(n, (*kinds, ast.Import, ast.ImportFrom))):
+        if not _names(n) & asking: continue
+        targets = [t for a in ast.walk(n) if isinstance(a, ast.Assign) for t in a.targets]
+        asking |= {name for t in targets for name in _names(t)}
+        lines[n.lineno - 1:n.end_lineno] = [""] * (n.end_lineno - n.lineno + 1)
+    return "\n".join(lines)
+
+# %% ../nbs/18_verifiers.ipynb #a6301080
+_STOP = re.compile(r"\n(?=class|def|if|print|assert|#|@|from|import|\"\"\"|'''|</?\w|\[DONE\]|```)")
+
+def complete_function(prompt: str, completion: str, entry: str) -> str:
+    "A program from HumanEval's prompt and a completion that continues it or repeats the function."
+    text = spoken(completion)
+    code = find_code(text, entry)
+    preamble = prompt[:max(0, prompt.rfind(f"def {entry}"))]
+    whole = re.search(rf"^\s*(?:async\s+)?def\s+{re.escape(entry)}\b", code, re.M)
+    if whole or _defines(code, entry): return f"{preamble}\n{_dedent(code)}"
+    if "```" in text: text = _before_fence(text) or code
+    body = next((b for b in _STOP.split("\n" + text.rstrip()) if b.strip()), "").strip("\n")
+    indented = lambda text: textwrap.indent(text, "    ")
+    forms = [body, indented(textwrap.dedent(body))]
+    if body and not body[0].isspace(): forms = [indented(body), "    " + body]
+    return prompt + next((f for f in forms if _tree(prompt + f)), forms[0]) + "\n"
+
 def _dedent(code):
+    "A program that was indented as a whole, at the margin."
     indent = re.match(r"[ \t]*", code.lstrip("\n"))[0]
-    return "\n".join(l[len(indent):] if l.startswith(indent) else l for l in code.lstrip("\n").split("\n"))
+    return "\n".join(l.removeprefix(indent) for l in code.lstrip("\n").split("\n"))
 
 # %% ../nbs/18_verifiers.ipynb #8c7abfb7
-def judge_code(program: str, tests: str, entry_points: tuple = (), cpu: float = 10.) -> Verdict:
-    "Correct when the program passes its tests in the sandbox, within `cpu` seconds of processor time (and three times that on the clock)."
+def judge_code(program: str, tests: str,     # the tests stay outside the program
+               entry_points: tuple = (),     # names that the tests take from it
+               cpu: float = 10.,             # seconds of processor time, thrice that on the clock
+              ) -> Verdict:
+    "Correct when the program passes its tests in the sandbox."
     out = run_program(program, tests, entry_points, timeout=3 * cpu, cpu=cpu)
-    return Verdict(1. if out.passed else -1., out.passed, program, tests, f"{out.status}: {out.detail}")
+    reward = 1. if out.passed else -1.
+    return Verdict(reward, out.passed, program, tests, f"{out.status}: {out.detail}")
 
 # %% ../nbs/18_verifiers.ipynb #e6dbd700
-_CONTRACTED = ("ain't aren't can't could've couldn't didn't doesn't don't hadn't hasn't haven't he'd he's how'd how'll how's I'd've I'm I've isn't it'd it'll let's ma'am mightn't "
-               "might've mustn't must've needn't not've o'clock oughtn't shan't she'd she's should've shouldn't somebody's someone's something's that's there'd there're there's "
-               "they'd they'll they're they've wasn't we'd we've weren't what'll what're what's what've when's where'd where's where've who'd who'll who's who've why'll why're why's "
-               "won't would've wouldn't y'all you'd you'll you're you've").lower().split()
-_APOSTROPHES = {w.replace("'", ""): w for w in _CONTRACTED if w not in ("he'd", "she'd", "we'd", "it'd", "i'm", "she's")}
-_WORDS = dict(zip("none zero one two three four five six seven eight nine ten".split(), "0 0 1 2 3 4 5 6 7 8 9 10".split()))
+_CONTRACTED = """ain't aren't can't could've couldn't didn't doesn't don't hadn't hasn't haven't
+how'd
+how'll how's I'd've I've isn't it'll let's ma'am mightn't might've mustn't must've needn't not've
+o'clock oughtn't shan't should've shouldn't somebody's someone's something's that's there'd there're
+there's they'd they'll they're they've wasn't we've weren't what'll what're what's what've when's
+where'd where's where've who'd who'll who's who've why'll why're why's won't would've wouldn't y'all
+you'd you'll you're you've he's""".lower().split()
+_APOSTROPHES = {w.replace("'", ""): w for w in _CONTRACTED}
+_WORDS = dict(zip("none zero one two three four five six seven eight nine ten".split(),
+                  "0 0 1 2 3 4 5 6 7 8 9 10".split()))
 
-# %% ../nbs/18_verifiers.ipynb #34fe0ad8
 def vqa_normalise(answer: str) -> str:
     "The VQA challenge's normalisation of an answer."
     text = answer.replace("\n", " ").replace("\t", " ").strip().lower()
@@ -406,10 +753,11 @@ def vqa_accuracy(answer: str, annotators: list) -> float:  # in [0, 1]
 
 # %% ../nbs/18_verifiers.ipynb #0fc60a82
 def judge_vqa(completion: str, annotators: list) -> Verdict:
-    "VQA accuracy as `score`; correct from one half on; the paper's rewards for vision, +1 and -0.1."
+    "VQA accuracy as `score`, correct from one half on; the paper's rewards for vision: +1, -0.1."
     text = answer_region(completion).split("\n")[0]
     m = re.search(r"(?i)\banswer(?:\s+is|\s*:)\s*:?\s*(.+)", text)
     said = (m[1] if m else text).strip().strip("*\"'").rstrip(".")
-    acc = vqa_accuracy(said, annotators)
-    gold = max(annotators, key=annotators.count)
-    return Verdict(1. if acc >= .5 else -.1, acc >= .5, said, gold, f"VQA accuracy {acc:.2f}: {annotators.count(gold)} of {len(annotators)} people said {gold!r}", acc)
+    acc, gold = vqa_accuracy(said, annotators), max(annotators, key=annotators.count)
+    people = f"{annotators.count(gold)} of {len(annotators)} people said {gold!r}"
+    why, right = f"VQA accuracy {acc:.2f}: {people}", acc >= .5
+    return Verdict(1. if right else -.1, right, said, gold, why, acc)
