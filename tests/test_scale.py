@@ -8,7 +8,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora.conversion import convert_to_lora
 from safetensors.torch import load_file
 from torch import nn
-from transformers import (AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, Qwen2Config,
+from transformers import (AutoConfig, AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, Qwen2Config,
                           Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM)
 
 from transformer2_nbdev.adapter import SvfConfig, knobs, svf_layers, zs
@@ -368,3 +368,175 @@ def test_the_trl_example_runs_and_leaves_an_expert(tmp_path):
     assert len([m for m in trainer.state.log_history if "reward" in m]) == 2
     expert = PeftModel.from_pretrained(__import__("transformer2_nbdev.lab").lab.load("A")[0], tmp_path / "x")
     assert expert.peft_config["default"].peft_type == "SVF" and any(bool((z != 1).any()) for z in zs(expert).values())
+
+
+# --- the GPU stages, on tiny shapes
+
+def gpu():
+    import importlib.util
+    spec = importlib.util.spec_from_file_location("gpu_stages", ROOT / "benchmarks" / "gpu.py")
+    module = importlib.util.module_from_spec(spec); spec.loader.exec_module(module)
+    return module
+
+
+def record(stages, words, out):
+    "A stage's record, from the file"
+    stages.main(stages.options([*words.split(), "--tiny", "--device", "cpu", "--out", str(out)]))
+    return json.loads(out.read_text())
+
+
+def test_the_stage_that_decomposes(tmp_path):
+    r = record(gpu(), "decompose", tmp_path / "r.json")
+    assert r["device"] and r["tiny"] and sum(s["times"] for s in r["shapes"].values()) == 14
+    assert all(s["float64"] > 0 and s["float32_differs"] < 1e-2 for s in r["shapes"].values())
+
+
+@pytest.mark.parametrize("checkpointing", ["", " --checkpointing"])
+def test_the_stage_that_steps(tmp_path, checkpointing):
+    r = record(gpu(), "step" + checkpointing, tmp_path / "r.json")
+    assert set(r["rows"]) == {"additive", "fused", "lora", "official"} and all(x["seconds"] > 0 for x in r["rows"].values())
+    learned = {k: x["learned"] for k, x in r["rows"].items()}
+    assert learned["additive"] == learned["fused"] == learned["official"] == 2 * 3 * 32 and learned["lora"] == 2 * 3 * 16 * 96
+    assert all(r["rows"][k]["foretold"] > 0 for k in ("additive", "fused", "lora"))
+
+
+def test_the_stage_that_steps_in_four_bits(tmp_path):
+    pytest.importorskip("bitsandbytes")
+    r = record(gpu(), "step --bits 4", tmp_path / "r.json")
+    assert set(r["rows"]) == {"additive", "lora"} and all(x["seconds"] > 0 for x in r["rows"].values())
+
+
+def test_the_stage_that_learns_goes_on_where_it_stopped(tmp_path):
+    stages, words = gpu(), f"learn --model lab:A --work {tmp_path / 'work'}"
+    first = record(stages, words + " --minutes 0", tmp_path / "a.json")
+    assert first["left_to_do"] == 2 and not first["rows"]
+    second = record(stages, words, tmp_path / "b.json")
+    assert second["left_to_do"] == 0 and [x["method"] for x in second["rows"]] == ["svf", "lora"]
+    assert all(x["n"] == 16 and x["low"] <= x["diff"] <= x["high"] for x in second["rows"])
+    assert record(stages, words + " --minutes 0", tmp_path / "c.json")["rows"] == second["rows"]
+
+
+# --- the plan
+
+def test_the_tally_counts_memory_once_and_as_long_as_it_is_held():
+    from transformer2_nbdev.scale import Tally
+    for device in ("cpu", "meta"):
+        with Tally() as tally:
+            a = torch.ones(1000, device=device)
+            b = a.view(10, 100)                       # the same memory
+            assert tally.now == 4000
+            c = a * 2
+            assert tally.now == 8000
+            del c
+            assert tally.now == 4000 and tally.peak == 8000
+            del a
+            assert tally.now == 4000                  # the view still holds it
+            del b
+            assert tally.now == 0
+
+
+def deeper(kind, layers):
+    "The config of a small model with more blocks"
+    config = base_of(kind).config.to_dict() | {"n_layer" if kind == "gpt2" else "num_hidden_layers": layers}
+    config.pop("layer_types", None)
+    return AutoConfig.for_model(**config)
+
+
+@pytest.mark.parametrize("method", ["additive", "fused", "lora"])
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "qwen3"])
+def test_small_rehearsals_foretell_large_ones(kind, method):
+    from transformer2_nbdev.scale import Setup, foretell, rehearse
+    config, s = deeper(kind, 5), Setup(method=method, prompt=8, new=8, dtype=torch.float32)
+    told, seen = foretell(config, s)(6), rehearse(config, 6, s)
+    assert abs(max(m.peak for m in told.values()) / max(m.peak for m in seen.values()) - 1) < .05
+    for k in seen: assert abs(told[k].flops - seen[k].flops) <= .01 * seen[k].flops
+
+
+def test_a_plan_adds_up_and_grows_with_the_card():
+    from transformer2_nbdev.scale import Setup, plan
+    plans = [plan("qwen3-4b", f"{gb}GB", Setup(target_modules="mlp")) for gb in (12, 16, 24, 80)]
+    assert all(a.micro_batch <= b.micro_batch for a, b in zip(plans, plans[1:])) and plans[-1].fits
+    assert all(p.peak <= p.memory for p in plans if p.fits)
+    one = plan("qwen3-4b", "80GB", Setup(target_modules="mlp"), batch_size=1)
+    assert abs(sum(one.parts.values()) / one.peak - 1) < 1e-3
+    assert abs(one.parts["weights"] / (2 * 4_022_468_096) - 1) < .001
+    assert one.parts["Q"] == pytest.approx(36 * 3 * (2560 ** 2 * 2 + 2560 * 4))
+    with pytest.raises(ValueError, match="choose 16, 8 or 4"): plan("qwen3-4b", "16GB", bits=3)
+    with pytest.raises(ValueError, match="use additive"): plan("qwen3-4b", "16GB", Setup(method="fused"), 4)
+
+
+def test_four_bits_save_what_they_save():
+    from transformer2_nbdev.scale import Setup, plan
+    s = Setup(target_modules="mlp")
+    wide, packed = plan("llama3-8b", "80GB", s, batch_size=1), plan("llama3-8b", "80GB", s, 4, batch_size=1)
+    inside = 6_979_321_856                              # weights of the linear layers, less the head
+    assert wide.parts["weights"] - packed.parts["weights"] == pytest.approx(inside * (2 - .5625))
+    assert packed.peak < 15e9                           # an 8B expert inside a card of 16 GB
+
+
+# --- from a terminal
+
+def call(*args):
+    from typer.testing import CliRunner
+    from transformer2_nbdev.cli import app
+    return CliRunner().invoke(app, [str(a) for a in args])
+
+
+def test_the_plan_command_compares_and_prints_a_command_that_parses():
+    import shlex
+    r = call("plan", "--model", "qwen3-4b", "--gpu", "24GB", "--target-modules", "mlp", "--prompt-tokens", 64, "--new-tokens", 64)
+    assert r.exit_code == 0, r.output
+    assert all(w in r.stdout for w in ("weights", "activations", "log-probabilities", "cache", "additive, 4 bit", "fused", "seconds a step"))
+    words = shlex.split(r.stdout.strip().splitlines()[-1])
+    assert words[:2] == ["transformer2", "train"] and words[words.index("--model") + 1] == "Qwen/Qwen3-4B"
+    words[words.index("--model") + 1] = "./nowhere"                # every option is known: the only fault is the folder
+    words[words.index("--task") + 1] = "lab:math"
+    tried = call(*words[1:])
+    assert tried.exit_code == 2 and "nowhere" in tried.output and "No such option" not in tried.output
+
+
+@pytest.mark.parametrize("args, says", [(["--model", "./nowhere"], "no config.json"), (["--model", "lab:A", "--gpu", "huge"], "give a size"),
+                                        (["--model", "lab:A", "--bits", 5], "choose 16, 8 or 4"), (["--model", "lab:A", "--method", "ia3"], "choose additive"),
+                                        (["--model", "lab:A", "--method", "fused", "--bits", 4], "use additive")])
+def test_what_cannot_be_planned_is_said_in_one_line(args, says):
+    r = call("plan", *args)
+    assert r.exit_code == 2 and says in r.stderr and len(r.stderr.strip().splitlines()) == 1
+
+
+def test_a_plan_that_fits_nowhere_says_what_to_try():
+    r = call("plan", "--model", "llama3-70b", "--gpu", "16GB", "--method", "additive")
+    assert r.exit_code == 0 and "nothing fits" in r.stdout
+
+
+def test_the_export_command_writes_both_forms(tmp_path):
+    import transformer2_nbdev.lab as lab
+    math = lab.experts("A")["math"]
+    r = call("export", "--expert", math, "--model", "lab:A", "--to", "lora", "--rank", 8, "--out", tmp_path / "lora")
+    assert r.exit_code == 0 and "rank 8" in r.stdout and "left out" in r.stdout
+    assert json.loads((tmp_path / "lora" / "adapter_config.json").read_text())["base_model_name_or_path"] == "lab:A"
+    r = call("export", "--expert", math, "--model", "lab:A", "--to", "merged", "--out", tmp_path / "merged")
+    assert r.exit_code == 0, r.output
+    ids = torch.arange(2, 20)[None]
+    with torch.no_grad():
+        want = PeftModel.from_pretrained(lab.load("A")[0], math).eval()(ids).logits
+        assert off(AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()(ids).logits, want) < 1e-5
+    again = call("export", "--expert", math, "--model", "lab:A", "--to", "lora", "--out", tmp_path / "lora")
+    assert again.exit_code == 2 and "there already" in again.stderr
+    assert call("export", "--expert", tmp_path, "--to", "lora", "--out", tmp_path / "y").exit_code == 2
+
+
+def test_a_lora_above_what_servers_take_is_refused(monkeypatch, tmp_path):
+    import transformer2_nbdev.scale as scale
+    monkeypatch.setattr(scale, "MAX_RANK", 4)
+    with pytest.raises(ValueError, match="give --rank, or --to merged"): scale.export_expert(expert_of(base_of("llama")), None, "lora", tmp_path / "x")
+    assert not (tmp_path / "x").exists()
+    assert "exact" in scale.export_expert(expert_of(base_of("llama"), rank=3), None, "lora", tmp_path / "x")
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's /proc to reset a peak")
+def test_a_measured_peak_is_within_fifteen_percent():
+    import subprocess, sys
+    r = subprocess.run([sys.executable, str(ROOT / "benchmarks" / "plan.py"), "--quick"], capture_output=True, text=True, env=os.environ | dict(PYTHONPATH=str(ROOT)))
+    assert r.returncode == 0, r.stderr[-1500:]
+    ratios = [float(x) for x in re.findall(r"ratio ([\d.]+)", r.stdout)]
+    assert len(ratios) == 3 and all(abs(x - 1) < .15 for x in ratios), r.stdout

@@ -15,9 +15,10 @@ __all__ = ['app', 'lab_app', 'Debug', 'MENDABLE', 'DTYPES', 'RUN', 'MODEL', 'ASK
            'one_value', 'finished', 'chosen', 'against', 'sweep_table', 'in_columns', 'check_sweep', 'run_sweep',
            'evaluate', 'put_on', 'shipped', 'folder_of', 'folders_of', 'wording_of', 'ends_like', 'shots_of',
            'Choosing', 'strategy_of', 'check_choosing', 'shown_answer', 'converse', 'write_answers', 'adapt',
-           'prompts_in', 'check_answer_file', 'run_adapt', 'build', 'train_skills', 'ask_all', 'adapt_all', 'rows_of',
-           'draw_rewards', 'draw_bars', 'knobs_of', 'rms', 'draw_knobs', 'draw_spectra', 'draw_mixtures', 'picture',
-           'html_table', 'page_of', 'run_demo', 'demo', 'main']
+           'prompts_in', 'check_answer_file', 'run_adapt', 'plan', 'local_tokenizer', 'export', 'base_of', 'build',
+           'train_skills', 'ask_all', 'adapt_all', 'rows_of', 'draw_rewards', 'draw_bars', 'knobs_of', 'rms',
+           'draw_knobs', 'draw_spectra', 'draw_mixtures', 'picture', 'html_table', 'page_of', 'run_demo', 'demo',
+           'main']
 
 # %% ../nbs/24_cli.ipynb #b8a168d4
 import os, sys, time
@@ -808,6 +809,67 @@ def run_adapt(name: str, experts: list[str], choosing: Choosing, dtype: str, dev
                    f"them right: {kind}", err=True)
     note_on_chat(tokenizer, name)
     return TwoPass(model, tokenizer, strategy)
+
+# %% ../nbs/24_cli.ipynb #2d887bc9
+@app.command()
+@told()
+def plan(model: Annotated[str, option("llama3-8b, mistral-7b, llama3-70b, qwen3-4b, a folder, a "
+                                      "hub id or lab:A", MODEL)],
+         gpu: Annotated[str, option("a size such as 16GB, or a card such as L4")] = "16GB",
+         task: Task = None, data_dir: DataDir = None,
+         prompt_tokens: Annotated[int, option("of a prompt, where no task is given", ASKED)] = 256,
+         new_tokens: Annotated[int, option("of an answer, where no task is given", ASKED)] = 256,
+         batch_size: Annotated[int, option("answers in an optimizer step")] = 64,
+         method: Annotated[str, option("additive, fused or lora; default: compare", MODEL)] = None,
+         bits: Annotated[int, option("16, 8 or 4; default: compare", MODEL)] = None,
+         checkpointing: Annotated[bool, option("recompute every block in the backward pass", None,
+                                               "--checkpointing")] = False,
+         target_modules: Targets = "all-linear", rank: Rank = None):
+    "What training needs on a card, and the command to start it; no weights are loaded."
+    quiet()
+    from transformer2_nbdev import scale
+    if task:
+        asked = task_of(task, data_dir, None, None, None)
+        prompt_tokens, new_tokens = scale.lengths(asked, local_tokenizer(model))
+    setup = scale.Setup(prompt=prompt_tokens, new=new_tokens, target_modules=target_modules,
+                        rank=rank, checkpointing=checkpointing)
+    plans = scale.plans_for(model, gpu, setup, method, bits, batch_size)
+    typer.echo(scale.report(plans, task or "TASK"))
+
+def local_tokenizer(model: str):
+    "The tokenizer of a model that is here, or None"
+    from transformers import AutoTokenizer
+    if model.startswith("lab:"):
+        from transformer2_nbdev import lab
+        return lab.load(model[4:])[1]
+    here = Path(model).expanduser()
+    if (here / "tokenizer_config.json").is_file(): return AutoTokenizer.from_pretrained(here)
+
+# %% ../nbs/24_cli.ipynb #fe315c13
+@app.command()
+@told()
+def export(expert: Annotated[str, option("folder that train wrote", MODEL)],
+           to: Annotated[str, option("lora, or merged: base and expert as one model")],
+           out: Annotated[str, option("folder to write")],
+           model: Annotated[str, option("its base; default: what its config names", MODEL)] = None,
+           rank: Annotated[int, option("lora: keep the largest changes; default: all")] = None,
+           prompts: Prompts = None, dtype: Dtype = "auto", device: Device = None):
+    "Write an expert so that PEFT, vLLM and llama.cpp, or any loader of models, can read it."
+    quiet()
+    from transformer2_nbdev import scale
+    from transformer2_nbdev.tasks import read_rows
+    texts = [row["prompt"] for row in read_rows(prompts, need=("prompt",))] if prompts else None
+    if not (base := model or base_of(expert)):
+        raise ValueError(f"--expert {expert}: its config names no base model; give --model")
+    net, tokenizer = load_model(base, dtype, device)
+    net = put_on(net, expert)
+    typer.echo(scale.export_expert(net, tokenizer, to, out, base, rank, texts))
+
+def base_of(expert: str) -> str | None:
+    "The base model that an adapter folder names"
+    import json
+    file = Path(expert) / "adapter_config.json"
+    return json.loads(file.read_text()).get("base_model_name_or_path") if file.is_file() else None
 
 # %% ../nbs/24_cli.ipynb #1b33ac39
 Base = Annotated[str, typer.Argument(help="a base, such as A; all of them if left out")]
