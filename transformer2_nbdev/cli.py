@@ -9,13 +9,13 @@ __all__ = ['app', 'lab_app', 'Debug', 'MENDABLE', 'PACKED', 'DTYPES', 'RUN', 'MO
            'Experts', 'More', 'Strategy', 'ItsFolder', 'Shots', 'ShotTask', 'Judge', 'Select', 'Generations', 'Typed',
            'AnswerFile', 'Base', 'Where', 'DEMO', 'SEARCH', 'HEAD', 'PAGE', 'INTRO', 'ADAPTING', 'DemoOut', 'options',
            'out_of_memory', 'line_of', 'told', 'go_on', 'resumable', 'Grouped', 'option', 'quiet', 'device_of',
-           'reading', 'check_model_name', 'check_chat', 'note_on_chat', 'packed', 'load_model', 'check_modules',
-           'targets_of', 'wrap', 'read_value', 'option_for', 'setting_params', 'WithSettings', 'task_of',
-           'only_fitting', 'says', 'Setup', 'run_training', 'train', 'report', 'given_by_hand', 'follow', 'in_folder',
-           'check_grid', 'grid_points', 'folder_name', 'one_value', 'finished', 'chosen', 'against', 'sweep_table',
-           'in_columns', 'check_sweep', 'run_sweep', 'evaluate', 'put_on', 'shipped', 'folder_of', 'folders_of',
-           'wording_of', 'ends_like', 'shots_of', 'Choosing', 'strategy_of', 'check_choosing', 'shown_answer',
-           'converse', 'write_answers', 'adapt', 'prompts_in', 'check_answer_file', 'run_adapt', 'plan',
+           'reading', 'check_model_name', 'check_chat', 'note_on_chat', 'note_on_part', 'packed', 'load_model',
+           'check_modules', 'targets_of', 'wrap', 'read_value', 'option_for', 'setting_params', 'WithSettings',
+           'task_of', 'only_fitting', 'says', 'Setup', 'run_training', 'train', 'report', 'given_by_hand', 'follow',
+           'in_folder', 'check_grid', 'grid_points', 'folder_name', 'one_value', 'finished', 'chosen', 'against',
+           'sweep_table', 'in_columns', 'check_sweep', 'run_sweep', 'evaluate', 'put_on', 'shipped', 'folder_of',
+           'folders_of', 'wording_of', 'ends_like', 'shots_of', 'Choosing', 'strategy_of', 'check_choosing',
+           'shown_answer', 'converse', 'write_answers', 'adapt', 'prompts_in', 'check_answer_file', 'run_adapt', 'plan',
            'local_tokenizer', 'export', 'base_of', 'build', 'train_skills', 'ask_all', 'adapt_all', 'rows_of',
            'draw_rewards', 'draw_bars', 'knobs_of', 'rms', 'draw_knobs', 'draw_spectra', 'draw_mixtures', 'picture',
            'html_table', 'page_of', 'run_demo', 'demo', 'main']
@@ -168,6 +168,15 @@ def note_on_chat(tokenizer, name: str) -> None:
     "Say when prompts went in as plain text"
     if name.startswith("lab:") or getattr(tokenizer, "chat_template", None): return
     typer.echo(f"note: {name} has no chat template, so prompts are given as plain text", err=True)
+
+# %% ../nbs/24_cli.ipynb #01f216e5
+def note_on_part(task, prompts: str | None, split: str) -> None:
+    "Say when an evaluation asked only a part of a file of prompts"
+    if prompts is None or split == "all": return
+    asked, there = len(task.examples(split)), len(task.examples("all"))
+    if asked == there: return
+    typer.echo(f"note: {prompts} has {there} prompts, and {asked} of them are its {split} part; "
+               "--split all asks every one", err=True)
 
 # %% ../nbs/24_cli.ipynb #3c5e0002
 PACKED = {"nf4": dict(load_in_4bit=True, bnb_4bit_quant_type="nf4"),
@@ -609,6 +618,7 @@ def evaluate(model: Model, task: Task = None, prompts: Prompts = None, reward: R
         result = rooms.evaluate(put_on(net, expert), tokenizer, asked, out=out,
                                 max_new_tokens=max_new_tokens, **how)
     note_on_chat(tokenizer, model)
+    note_on_part(asked, prompts, split)
     typer.echo(str(result))
 
 # %% ../nbs/24_cli.ipynb #f6774d65
