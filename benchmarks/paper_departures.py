@@ -260,7 +260,8 @@ def pieces(done, parts, names, seeds) -> dict: # {name: function of what is done
 @contextmanager
 def shared(path: Path):
     "The record as it is now, for one process at a time; written back afterwards"
-    with open(path.with_suffix(".lock"), "w") as lock:
+    WORK.mkdir(parents=True, exist_ok=True)
+    with open(WORK / "lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         record = json.loads(path.read_text()) if path.is_file() else dict(seconds=0, pieces={})
         yield record
