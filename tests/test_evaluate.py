@@ -10,7 +10,8 @@ from peft import get_peft_model
 from test_rollout import llama, words
 from transformer2_nbdev import evaluate as ev
 from transformer2_nbdev.adapter import SvfConfig
-from transformer2_nbdev.evaluate import bootstrap, evaluate, fingerprint, load, mcnemar, paired, save, student_t, summarise, wilson
+from transformer2_nbdev.evaluate import (bootstrap, evaluate, fingerprint, hierarchical, load, mcnemar,
+                                         paired, save, student_t, summarise, wilson)
 from transformer2_nbdev.tasks import Task, Verdict
 
 
@@ -205,3 +206,31 @@ def test_pictures_have_content():
     bars = ev.plot_accuracy(rs)
     assert [p.get_height() for p in bars.patches] == pytest.approx([100 * r.acc for r in rs.values()])
     assert len(ev.plot_paired(rs["a"], {k: rs[k] for k in "bc"}).texts) == 2
+
+
+# ------------------------------------------------------------------ seeds and questions at once
+
+def test_hierarchical_without_a_spread_of_seeds_is_the_bootstrap_over_questions():
+    g = np.random.default_rng(0)
+    a, b = g.random(400) < .6, g.random(400) < .7
+    gained, lost = int((b & ~a).sum()), int((a & ~b).sum())
+    h = hierarchical(dict(a=[a] * 4, b=[b] * 4), "a")["b"]
+    assert h.diff == pytest.approx((gained - lost) / 400) and (h.gained, h.lost, h.n) == (4 * gained, 4 * lost, 400)
+    assert (h.low, h.high) == pytest.approx(bootstrap(gained, lost, 400), abs=.008)
+
+
+def test_hierarchical_without_a_spread_of_questions_has_the_standard_error_of_the_seeds():
+    "Every question alike, seeds that are all right or all wrong: sd / sqrt(S), with S - 1 in the sd"
+    right = [s % 2 == 0 for s in range(40)]
+    h = hierarchical(dict(a=np.zeros((40, 30)), b=[[r] * 30 for r in right]), "a")["b"]
+    se = np.std(right, ddof=1) / 40 ** .5
+    assert (h.low, h.high) == pytest.approx((.5 - 1.96 * se, .5 + 1.96 * se), abs=.03)
+
+
+def test_hierarchical_p_values():
+    g = np.random.default_rng(1)
+    a = g.random((3, 500)) < .5
+    runs = dict(a=a, same=a, better=a | (g.random((3, 500)) < .3), other=g.permutation(a.T).T)
+    h = hierarchical(runs, "a")
+    assert h["same"].p == 1 and h["better"].p <= 1e-3 and h["other"].p > .05 and list(h) == ["same", "better", "other"]
+    assert hierarchical(runs, "a")["other"] == h["other"] and hierarchical(runs, "a", seed=1)["other"] != h["other"]

@@ -270,7 +270,8 @@ def option_for(f, cls: type) -> Parameter: # f: a dataclass field with a help in
     kinds = tuple(sorted(kinds, key=lambda k: k is str))     # text last: it takes every word
     if len(kinds) > 1: more["parser"] = partial(read_value, kinds)
     words = [str(c).lower() for c in CHOICES.get(f.name, ())]
-    if len(kinds) > 1: words = words or [k.__name__.upper() for k in kinds if k is not NoneType]
+    named = {int: "INT", float: "FLOAT", str: "WORD", bool: "true|false"}
+    if len(kinds) > 1: words = words or [named[k] for k in kinds if k in named]
     if words: more["metavar"] = "|".join(words)
     help = option(f.metadata["help"], home.__doc__, **more)
     return Parameter(f.name, Parameter.KEYWORD_ONLY, default=f.default,
@@ -286,6 +287,7 @@ def setting_params(cls: type) -> list: # of click
     made, names = typer.main.get_command(small).params, {f.name for f in fields(cls)}
     return [p for p in made if p.name in names]
 
+# %% ../nbs/24_cli.ipynb #908c8c82
 class WithSettings(Grouped):
     "A command with an option for every setting of a training run; it finds them in ctx.meta"
     def get_params(self, ctx):
@@ -559,7 +561,7 @@ Expert = Annotated[str, option("adapter folder to put on the model", MODEL)]
 Answers = Annotated[str, option("folder for result.json and items.jsonl; an interrupted evaluation "
                                 "in it is resumed", RUN)]
 Limit = Annotated[int, option("only the first questions", ASKED)]
-Split = Annotated[str, option("train, validation or test", ASKED)]
+Split = Annotated[str, option("train, validation, test, or all of a file of prompts", ASKED)]
 
 @app.command(name="eval", cls=Grouped)
 @told()
