@@ -251,9 +251,9 @@ def bf16(done) -> dict:
 def pieces(done, parts, names, seeds) -> dict: # {name: function of what is done}
     "What can be done now, what others need first"
     todo = dict(base=base_scores)
-    for v in names: todo |= {f"tune/{v}/{r:g}/{s}": (lambda d, v=v, r=r, s=s: tune(d, v, r, s)) for r in wanted(done, v) for s in TUNE_SEEDS}
-    ready = [v for v in names if not wanted(done, v)]
-    for s in seeds: todo |= {f"verdict/{v}/{s}": (lambda d, v=v, s=s: verdict(d, v, s)) for v in ready}
+    for v in names:
+        todo |= {f"tune/{v}/{r:g}/{s}": (lambda d, v=v, r=r, s=s: tune(d, v, r, s)) for r in wanted(done, v) for s in TUNE_SEEDS}
+        if not wanted(done, v): todo |= {f"verdict/{v}/{s}": (lambda d, v=v, s=s: verdict(d, v, s)) for s in seeds}
     if not wanted(done, "sigmoid, MLP only"):
         todo |= {f"{kind.__name__}/{s}": (lambda d, kind=kind, s=s: kind(d, s)) for kind in (mixer, dose) for s in MIXER_SEEDS} | dict(bf16=bf16)
     todo |= {f"start/{std:g}/{s}": (lambda d, std=std, s=s: start(d, std, s)) for std in (1e-3, 1e-2) for s in SEEDS}
