@@ -13,7 +13,7 @@ test items of a task and compared with the target's own base item by item. Six p
     shuffles   more shuffles (20 in all) onto A-sibling and B, on the expert's own skill.
     mix        few-shot search (10 shots) over the target's own experts, A's (ordered), both, and its own beside shuffled ones.
     home       stability of A's experts on A itself.
-    null       200 shuffles of every expert onto A-sibling and B (the first 20 are those of `shuffles`), on the first 198 questions of its own
+    null       200 shuffles of every expert onto A-sibling and B (the first 20 are those of `shuffles`), on the first 501 questions of its own
                skill, each with its centred cosine: the sample from which the permutation test draws.
     real       kinship of a real checkpoint (stories260k) with what became of it: rounded to 4 bits, disturbed by noise, trained on other text.
 
@@ -49,7 +49,7 @@ NEW_TEXT, STEPS, SNAPSHOTS, LR = {"A-sibling": 202, "A": 201}, 200, (0, 50, 100,
 SEARCH = dict(generations=6, population=20)
 OWN = {"A-sibling": SKILLS, "B": ("math", "code")}   # B never learned logic
 PARTS = ["carry", "train", "stability", "shuffles", "mix", "home"]
-DRAWS, QUESTIONS = 200, 198                          # of `null`
+DRAWS, QUESTIONS = 200, 501                          # of `null`
 
 
 class Book:
@@ -220,28 +220,43 @@ def numbers(skill: str) -> tuple: # ({matrix: d}, {matrix: Q}) of an expert of A
 
 
 @torch.no_grad()
-def null_case(skill: str, target: str, d: dict, Q: dict) -> dict:
-    "Right answers and centred cosine of the ordered expert and of every shuffle, on plain weights"
+def null_piece(skill: str, target: str, draws: range) -> dict:
+    "Right answers and centred cosine of the ordered expert and of some shuffles, on plain weights"
     model, plain, task = lab.load(target)[0], lab.load(target)[0], lab.tasks()[skill]
+    d, Q = numbers(skill)
     modules, weights = dict(model.named_modules()), {n: m.weight for n, m in plain.named_modules() if n in d}
     R = {n: decompose(modules[n].weight.detach()).Q for n in d}
     O2 = {n: overlap(Q[n], R[n]) for n in d}
     centred = {n: v - v.mean() for n, v in d.items()}
     size = sum(v.square().sum() for v in centred.values())
+    ask = lambda m: evaluate(m, TOKENS, task, limit=QUESTIONS, batch_size=QUESTIONS, progress=False).correct
     def one(how: str, seed: int = 0) -> tuple:
         g = torch.Generator().manual_seed(seed)
         e = {n: move(v, len(v), how, g) for n, v in d.items()}
         for n, v in e.items(): weights[n].copy_(compose(modules[n].weight, 1 + v, R[n]))
         cosine = sum(centred[n] @ O2[n] @ (v - v.mean()) for n, v in e.items()) / size
-        return evaluate(plain, TOKENS, task, limit=QUESTIONS, batch_size=QUESTIONS, progress=False).correct, round(cosine.item(), 4)
-    base = evaluate(model, TOKENS, task, limit=QUESTIONS, batch_size=QUESTIONS, progress=False).correct
-    (ordered, cosine), drawn = one("ordered"), [one("shuffled", s) for s in range(DRAWS)]
-    return dict(n=QUESTIONS, base=base, ordered=ordered, cosine=cosine, shuffled=[c for c, _ in drawn], cosines=[x for _, x in drawn])
+        return ask(plain), round(cosine.item(), 4)
+    base = ask(model)
+    (ordered, cosine), drawn = one("ordered"), [one("shuffled", s) for s in draws]
+    return dict(n=QUESTIONS, base=base, ordered=ordered, cosine=cosine,
+                shuffled=[c for c, _ in drawn], cosines=[x for _, x in drawn])
 
 
-def null(work: Path) -> dict:
-    done = Work(work / "null")
-    return {t: {s: done.do(f"{t}_{s}", lambda: null_case(s, t, *numbers(s))) for s in SKILLS} for t in ("A-sibling", "B")}
+def null_case(done: Work, skill: str, target: str) -> dict:
+    "All shuffles of one transfer, from pieces of 40"
+    pieces = [done.do(f"{target}_{skill}_{QUESTIONS}_{i}",
+                      lambda: null_piece(skill, target, range(i, min(i + 40, DRAWS)))) for i in range(0, DRAWS, 40)]
+    same = {k: pieces[0][k] for k in ("n", "base", "ordered", "cosine")}
+    if any(p[k] != v for p in pieces for k, v in same.items()):
+        raise ValueError(f"{target}, {skill}: pieces were made by different code or weights: remove {done.folder}")
+    return same | {k: [x for p in pieces for x in p[k]] for k in ("shuffled", "cosines")}
+
+
+def null(work: Path, only: list[str] | None = None) -> dict:
+    "{target: {expert: its 200 shuffles}}; `only` names one target and one expert"
+    done, (target, skill) = Work(work / "null"), only or (None, None)
+    return {t: {s: null_case(done, s, t) for s in SKILLS if skill in (None, s)}
+            for t in ("A-sibling", "B") if target in (None, t)}
 
 
 def four_bits(W: torch.Tensor, group: int = 32) -> torch.Tensor:
@@ -330,6 +345,7 @@ def write(path: Path, facts: dict, tables: dict) -> None:
 
 def alone(a) -> None:
     "The parts that change their own table only"
+    if a.only: return null(a.work, a.only)               # its pieces; the record is written when all are there
     record = json.loads(a.out.read_text())
     if "null" in a.parts: record["null"] = null(a.work)
     if "real" in a.parts: record["real"] = Work(a.work / "real").do("stories260k", lambda: real(a.data / "stories260k"))
@@ -362,6 +378,7 @@ if __name__ == "__main__":
     p.add_argument("--parts", nargs="+", default=PARTS, choices=[*PARTS, "null", "real"])
     p.add_argument("--shot-seeds", type=int, default=3); p.add_argument("--shuffles", type=int, default=20)
     p.add_argument("--work", type=Path, default=Path("runs/transfer"), help="finished evaluations, snapshots and trained experts")
+    p.add_argument("--only", nargs=2, metavar=("TARGET", "EXPERT"), help="`null` of one transfer, without writing the record")
     p.add_argument("--data", type=Path, default=Path(os.environ.get("TRANSFORMER2_DATA", "../shared/data")), help="published data, for `real`")
     p.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "transfer.json")
     main(p.parse_args())
