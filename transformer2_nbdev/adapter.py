@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['SHORTHANDS', 'FAMILIES', 'FORMS', 'SvfType', 'SvfConfig', 'check_config', 'block_index', 'linear_names', 'is_linear',
            'part_of', 'chosen', 'stacks', 'warn_of_stacks', 'resolve_targets', 'shortened', 'is_conv1d', 'weight_of',
-           'make_basis', 'basis', 'knobs', 'offset', 'offsets', 'delta', 'additive', 'per_sample', 'save_base',
-           'rounding', 'restore_base', 'merged_weight', 'SvfLayer', 'reset_d', 'Mergeable', 'SvfLinear', 'svf_layers',
-           'zs', 'shared_weights', 'check_unshared', 'warn_of_rounding', 'check_not_compiled', 'rows_in_place',
-           'mixed_batch', 'check_batch', 'mix_layer', 'check_names', 'as_weights', 'add_weighted_adapter',
-           'joint_config', 'base_tag', 'shape_tag', 'check_shapes', 'check_weights', 'base_tags', 'record_of',
-           'as_stored_now', 'new_layer', 'name_fault', 'safe_name', 'check_name', 'Keeping', 'SvfModel', 'check_before',
-           'place']
+           'loaded', 'make_basis', 'basis', 'knobs', 'offset', 'offsets', 'delta', 'additive', 'per_sample',
+           'save_base', 'rounding', 'restore_base', 'merged_weight', 'SvfLayer', 'reset_d', 'Mergeable', 'SvfLinear',
+           'svf_layers', 'zs', 'shared_weights', 'check_unshared', 'warn_of_rounding', 'check_not_compiled',
+           'rows_in_place', 'mixed_batch', 'check_batch', 'mix_layer', 'check_names', 'as_weights',
+           'add_weighted_adapter', 'joint_config', 'base_tag', 'shape_tag', 'check_shapes', 'check_weights',
+           'base_tags', 'record_of', 'as_stored_now', 'new_layer', 'name_fault', 'safe_name', 'check_name', 'Keeping',
+           'SvfModel', 'check_before', 'place']
 
 # %% ../nbs/02_adapter.ipynb #eb958fd0
 import copy, re, warnings
@@ -26,8 +26,7 @@ from peft import PeftConfig
 from peft.mapping import (PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING,
                           PEFT_TYPE_TO_TUNER_MAPPING)
 from peft.tuners.tuners_utils import (BaseTuner, BaseTunerLayer, _get_in_out_features,
-                                      check_adapters_to_merge, check_target_module_exists,
-                                      onload_layer)
+                                      check_adapters_to_merge, check_target_module_exists)
 from peft.utils import AuxiliaryTrainingWrapper, resolve_quantization_backend
 from torch import nn
 from transformers.pytorch_utils import Conv1D
@@ -199,10 +198,22 @@ def weight_of(layer: BaseTunerLayer # a PEFT layer around a Linear, Conv1D or qu
     W = layer._base if aside else layer.get_base_weight()
     return W.T if is_conv1d(layer) else W
 
+@contextmanager
+def loaded(layer: BaseTunerLayer) -> Iterator[None]:
+    "Inside, the base weight is at hand, wherever `device_map` has put it"
+    base = layer.get_base_layer()
+    hook = getattr(base, "_hf_hook", None)
+    if not getattr(hook, "offload", False):
+        yield
+        return
+    hook.pre_forward(base)
+    try: yield
+    finally: hook.post_forward(base, None)
+
 def make_basis(layer: BaseTunerLayer, k: int | None, cache_dir: str | None) -> None:
     "Give `layer` at least `k` columns of Q (None: all), decomposing unless they are there already"
     if layer.svf_Q is not None and layer.svf_Q.shape[1] >= (k or layer.svf_Q.shape[0]): return
-    with onload_layer(layer), torch.no_grad():
+    with loaded(layer), torch.no_grad():
         W = weight_of(layer)
         f = cached_decompose(W, cache_dir)
     dtype = layer.quantization_backend and getattr(layer.get_base_layer(), "compute_dtype", None)
@@ -323,7 +334,8 @@ class SvfLayer(BaseTunerLayer):
         k = self.svf_Q.shape[0] if config.rank is None else min(config.rank, self.svf_Q.shape[0])
         self.svf_d[name] = nn.Parameter(torch.empty(k, dtype=torch.float32))
         reset_d(self.svf_d[name], config)
-        self._move_adapter_to_device_of_base_layer(name)
+        away = self.svf_Q.device if self.get_base_layer().weight.is_meta else None # offloaded
+        self._move_adapter_to_device_of_base_layer(name, away)
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
 
 # %% ../nbs/02_adapter.ipynb #ce0bb5bd
@@ -579,7 +591,7 @@ def joint_config(model: "SvfModel", adapters: list[str],
 def base_tag(layer: SvfLayer) -> str: # "m x n : 16 hex digits"
     "Shape and fingerprint of the base weight an adapter sits on"
     if layer.quantization_backend is not None: return f"{shape_tag(layer)}:quantised"
-    with onload_layer(layer): W = weight_of(layer)
+    with loaded(layer): W = weight_of(layer)
     return f"{shape_tag(layer)}:{'meta' if W.is_meta else fingerprint(W)}"
 
 def shape_tag(layer: nn.Module) -> str | None: # "m x n"; None for a module that is no linear layer
@@ -741,7 +753,9 @@ def place(model: SvfModel, config, name, target, target_name, parent, key) -> No
         return target.update_layer(name, config, inference_mode=config.inference_mode)
     new = new_layer(target, name, config, key)
     if name not in model.active_adapters: new.requires_grad_(False)
+    d = new.svf_d[name]
     model._replace_module(parent, target_name, new, target)
+    if new.svf_d[name].is_meta: new.svf_d[name] = d    # the weight is offloaded, its knobs are not
 
 # %% ../nbs/02_adapter.ipynb #f56e7688
 PEFT_TYPE_TO_CONFIG_MAPPING["SVF"] = SvfConfig
