@@ -11,7 +11,7 @@ __all__ = ['SHORTHANDS', 'FAMILIES', 'FORMS', 'SvfType', 'SvfConfig', 'check_con
            'rows_in_place', 'mixed_batch', 'check_batch', 'mix_layer', 'check_names', 'as_weights',
            'add_weighted_adapter', 'joint_config', 'base_tag', 'shape_tag', 'check_shapes', 'check_weights',
            'base_tags', 'record_of', 'as_stored_now', 'new_layer', 'name_fault', 'safe_name', 'check_name', 'Keeping',
-           'SvfModel', 'check_before', 'place']
+           'SvfModel', 'check_at_hand', 'check_before', 'place']
 
 # %% ../nbs/02_adapter.ipynb #eb958fd0
 import copy, re, warnings
@@ -325,6 +325,7 @@ class SvfLayer(BaseTunerLayer):
         self._base, self.merge_error = None, 0.0 # the original weight, while merged; see `rounding`
         self._step = self._mix = None   # a step in place; rows of d in place
         self._mixed = False             # whether the last forward with a gradient had rows
+        self._tag = None                # `base_tag`, where the weight can no longer tell
         self.in_features, self.out_features = _get_in_out_features(self.get_base_layer())
 
     def update_layer(self, name: str, config: SvfConfig, inference_mode: bool = False) -> None:
@@ -591,8 +592,10 @@ def joint_config(model: "SvfModel", adapters: list[str],
 def base_tag(layer: SvfLayer) -> str: # "m x n : 16 hex digits"
     "Shape and fingerprint of the base weight an adapter sits on"
     if layer.quantization_backend is not None: return f"{shape_tag(layer)}:quantised"
+    if layer._tag: return layer._tag
     with loaded(layer): W = weight_of(layer)
-    return f"{shape_tag(layer)}:{'meta' if W.is_meta else fingerprint(W)}"
+    absent = W.is_meta or hasattr(W, "full_tensor")   # no weight, or FSDP's share of one
+    return f"{shape_tag(layer)}:{'meta' if absent else fingerprint(W)}"
 
 def shape_tag(layer: nn.Module) -> str | None: # "m x n"; None for a module that is no linear layer
     "Shape of a linear layer's matrix, adapted or not, quantised or not"
@@ -738,11 +741,24 @@ class SvfModel(Keeping, BaseTuner):
         self._bar.update()
 
 # %% ../nbs/02_adapter.ipynb #2bf3d07f
+def check_at_hand(model: nn.Module) -> None:
+    "Refuse an offloaded base whose weights nobody fetches any more"
+    where = {n: str(d) for n, d in (getattr(model, "hf_device_map", None) or {}).items()}
+    alone = set(where.values()) <= {"cpu", "disk"}                # no accelerator: cpu is home
+    away = tuple(f"{n}." for n, d in where.items() if d in (("disk",) if alone else ("disk", "cpu")))
+    for n, m in model.named_modules():
+        if not f"{n}.".startswith(away) or not isinstance(m, nn.Linear): continue
+        if getattr(getattr(m, "_hf_hook", None), "offload", False): return
+        raise ValueError(f"{n} is offloaded and cannot be read here: PeftModel.from_pretrained "
+                         "takes the hooks of device_map away; wrap the base by get_peft_model(base,"
+                         " SvfConfig.from_pretrained(folder)), then load_adapter(folder, 'expert')")
+
 def check_before(model: nn.Module, adapter_name: str, config: SvfConfig
                 ) -> dict[str, str]: # the record of the base, as the config brought it
     "Everything that can be refused before a model is touched"
     check_name(adapter_name)
     check_not_compiled(model)
+    check_at_hand(model)
     made_for = record_of(config)
     check_shapes(adapter_name, made_for, model)
     return made_for
