@@ -21,8 +21,10 @@ BITS = {"4-bit": dict(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_com
         "8-bit": dict(load_in_8bit=True)}
 SPLIT = {"model.embed_tokens": "cpu", "model.rotary_emb": "cpu", "model.layers.0": "disk", "model.layers.1": "cpu",
          "model.norm": "cpu", "lm_head": "cpu"}
-# three chunks of 16, 16 and 8 for two processes, in micro-batches of 6: the first has 5 passes to make, the second 3
-SETTINGS = dict(steps=3, batch_size=40, rollout_batch=16, lr=3e-2, val_every=2, val_samples=1, micro_batch=6)
+SETTINGS = dict(steps=3, batch_size=32, rollout_batch=16, lr=3e-2, val_every=2, val_samples=1)
+# three chunks of 16, 16 and 8 for two processes, in micro-batches of 6: the first has 5 passes to make, the second 3. Gradients are then added up
+# in another order, and where one is nearly 0 Adam makes a step of its rounding error: shorter steps, so that 1e-5 is a fair demand
+UNEVEN = SETTINGS | dict(batch_size=40, micro_batch=6, lr=3e-3)
 needs_bits = pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed: pip install bitsandbytes")
 
 
@@ -52,9 +54,11 @@ def wrapped(folder, kind):
     return nn.parallel.DistributedDataParallel(model) if kind == "ddp" else model
 
 
-def train(folder, kind, out):
-    learn = sft if kind == "sft" else train_expert
-    return learn(wrapped(folder, kind), toy.tokenizer(), toy.DOG, ReinforceConfig(**SETTINGS), out, progress=False)
+def train(model, kind, out, **kw):
+    if isinstance(model, (str, Path)): model = wrapped(model, kind)
+    learn = sft if kind.startswith("sft") else train_expert
+    config = ReinforceConfig(**(UNEVEN if kind.endswith("uneven") else SETTINGS) | kw)
+    return learn(model, toy.tokenizer(), toy.DOG, config, out, progress=False)
 
 
 def launch(folder, out, *kinds, options=()):
@@ -74,10 +78,10 @@ def same(a, b, to=1e-5):
     for k in a: torch.testing.assert_close(a[k], b[k], rtol=to, atol=to)
 
 
-def compare(folder, out, kinds):
+def compare(folder, out, kinds, **kw):
     for kind in kinds:
         one = out / "one" / kind
-        h = train(folder, "plain" if kind == "ddp" else kind, one)
+        h = train(folder, "plain" if kind == "ddp" else kind, one, **kw)
         same(last(out / kind), last(one))
         theirs = json.loads((out / kind / "result.json").read_text())
         assert theirs["run"]["processes"] == 2 and h.result["run"]["processes"] == 1
@@ -145,18 +149,18 @@ def test_two_processes_by_accelerate_launch(folder, tmp_path):
 FSDP = ["--use_fsdp", "--fsdp_version", "2", "--fsdp_cpu_ram_efficient_loading", "false"]
 
 def test_two_processes_that_share_the_weights(folder, tmp_path):
-    kinds = ["plain", "lora", "sft"]
+    kinds = ["plain", "lora", "sft", "uneven", "sft uneven"]
     rc, said = launch(folder, tmp_path, *kinds, options=FSDP)
     assert rc == 0, said[-3000:]
-    assert said.count("weights are spread") == 6, "every block's weights are divided, what is trained is not"
-    compare(folder, tmp_path, kinds)
+    assert said.count("weights are spread") == 2 * len(kinds), "every block's weights are divided, what is trained is not"
+    compare(folder, tmp_path, kinds, fused=False)   # nobody holds a whole weight to write W' into: "auto" has chosen the additive form
     back = PeftModel.from_pretrained(load(folder, "plain"), tmp_path / "plain" / "last")
     assert back.peft_config["default"].base_digests == base_tags(back, "default"), "the record is of the whole weights"
 
 
 @needs_bits
 def test_what_cannot_be_shared_is_said_in_one_line(folder, tmp_path):
-    rc, said = launch(folder, tmp_path, "4-bit", "odd", options=FSDP)
+    rc, said = launch(folder, tmp_path, "4-bit", options=FSDP)
     assert rc and said.count("ValueError: weights that are quantised or placed by device_map are not spread over processes") == 2
 
 
@@ -185,7 +189,7 @@ def program():
             if torch.distributed.get_rank(): next(model.parameters()).data += 1
             train_expert(model, toy.tokenizer(), toy.DOG, ReinforceConfig(**SETTINGS), progress=False)
         model = wrapped(a.folder, kind)
-        (sft if kind == "sft" else train_expert)(model, toy.tokenizer(), toy.DOG, ReinforceConfig(**SETTINGS), Path(a.out) / kind, progress=False)
+        train(model, kind, Path(a.out) / kind)
         if divided(model): print("weights are spread", flush=True)
     torch.distributed.destroy_process_group()
 

@@ -384,7 +384,7 @@ def share(model: nn.Module) -> None: # a PEFT model
     blocks = getattr(base, "_no_split_modules", None) or ()
     for m in [m for m in base.modules() if type(m).__name__ in blocks]:
         fully_shard(m, ignored_params=own)
-    fully_shard(model, ignored_params=own)
+    fully_shard(model, ignored_params=own, reshard_after_forward=True) # saving would, in one process
     for p in own: p.data = p.data.to(base.device)
 
 def turns(run: "Run", numbers: list[int]) -> Iterator[tuple[int, bool]]: # chunk; whether it counts
