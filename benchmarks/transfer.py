@@ -13,7 +13,7 @@ test items of a task and compared with the target's own base item by item. Six p
     shuffles   more shuffles (20 in all) onto A-sibling and B, on the expert's own skill.
     mix        few-shot search (10 shots) over the target's own experts, A's (ordered), both, and its own beside shuffled ones.
     home       stability of A's experts on A itself.
-    null       200 shuffles of every expert onto A-sibling and B (the first 20 are those of `shuffles`), on the first 501 questions of its own
+    null       200 shuffles of every expert onto A-sibling and B (the first 20 are those of `shuffles`), on the first 501 or 251 questions of its own
                skill, each with its centred cosine: the sample from which the permutation test draws.
     real       kinship of a real checkpoint (stories260k) with what became of it: rounded to 4 bits, disturbed by noise, trained on other text.
 
@@ -49,7 +49,7 @@ NEW_TEXT, STEPS, SNAPSHOTS, LR = {"A-sibling": 202, "A": 201}, 200, (0, 50, 100,
 SEARCH = dict(generations=6, population=20)
 OWN = {"A-sibling": SKILLS, "B": ("math", "code")}   # B never learned logic
 PARTS = ["carry", "train", "stability", "shuffles", "mix", "home"]
-DRAWS, QUESTIONS = 200, 501                          # of `null`
+DRAWS, QUESTIONS = 200, {"A-sibling": 501, "B": 251} # of `null`
 
 
 class Book:
@@ -229,7 +229,8 @@ def null_piece(skill: str, target: str, draws: range) -> dict:
     O2 = {n: overlap(Q[n], R[n]) for n in d}
     centred = {n: v - v.mean() for n, v in d.items()}
     size = sum(v.square().sum() for v in centred.values())
-    ask = lambda m: evaluate(m, TOKENS, task, limit=QUESTIONS, batch_size=QUESTIONS, progress=False).correct
+    n = QUESTIONS[target]
+    ask = lambda m: evaluate(m, TOKENS, task, limit=n, batch_size=n, progress=False).correct
     def one(how: str, seed: int = 0) -> tuple:
         g = torch.Generator().manual_seed(seed)
         e = {n: move(v, len(v), how, g) for n, v in d.items()}
@@ -238,13 +239,13 @@ def null_piece(skill: str, target: str, draws: range) -> dict:
         return ask(plain), round(cosine.item(), 4)
     base = ask(model)
     (ordered, cosine), drawn = one("ordered"), [one("shuffled", s) for s in draws]
-    return dict(n=QUESTIONS, base=base, ordered=ordered, cosine=cosine,
+    return dict(n=n, base=base, ordered=ordered, cosine=cosine,
                 shuffled=[c for c, _ in drawn], cosines=[x for _, x in drawn])
 
 
 def null_case(done: Work, skill: str, target: str) -> dict:
     "All shuffles of one transfer, from pieces of 40"
-    pieces = [done.do(f"{target}_{skill}_{QUESTIONS}_{i}",
+    pieces = [done.do(f"{target}_{skill}_{QUESTIONS[target]}_{i}",
                       lambda: null_piece(skill, target, range(i, min(i + 40, DRAWS)))) for i in range(0, DRAWS, 40)]
     same = {k: pieces[0][k] for k in ("n", "base", "ordered", "cosine")}
     if any(p[k] != v for p in pieces for k, v in same.items()):
