@@ -16,6 +16,7 @@ test items of a task and compared with the target's own base item by item. Six p
     null       200 shuffles of every expert onto A-sibling and B (the first 20 are those of `shuffles`), on the first 501 or 251 questions of its own
                skill, each with its centred cosine: the sample from which the permutation test draws.
     real       kinship of a real checkpoint (stories260k) with what became of it: rounded to 4 bits, disturbed by noise, trained on other text.
+               With `--folders A B` that of any two checkpoints on disk; with `--folders A` that of one checkpoint's layers with each other.
 
 `null` and `real` change only their own tables of the record, and leave the rest as it is.
 
@@ -295,17 +296,55 @@ def relatives(folder: str) -> dict: # {what became of it: model}
     return {"itself": new()} | out
 
 
+def bases_of(model, part: str = "") -> dict: # {matrix: Q}
+    "Singular bases of the linear layers inside the blocks"
+    inside = {n: m.weight.detach().float() for n, m in model.named_modules()
+              if isinstance(m, torch.nn.Linear) and ".layers." in f".{n}" and part in f".{n}."}
+    return {n: decompose(w).Q for n, w in inside.items()}
+
+
+def thirds(pairs: list) -> dict: # pairs of bases of equal shape
+    "Mean |u . u'| of the strongest, middle and weakest third of directions, and what chance gives"
+    cosines = [torch.tensor_split((a * b).sum(0).abs(), 3) for a, b in pairs]
+    mean = lambda xs: round(sum(xs) / len(xs), 4)
+    return dict(thirds=[mean(torch.cat([c[i] for c in cosines]).tolist()) for i in range(3)],
+                chance=mean([(2 / (math.pi * len(a))) ** .5 for a, _ in pairs]), matrices=len(pairs))
+
+
 def real(folder: Path) -> dict:
-    "{relative: mean kinship of the strongest, middle and weakest third of directions, chance, size of the change}"
-    first, out = None, {}
+    "{relative: kinship with it, size of the change}"
+    norm = lambda ws: sum(w.norm() ** 2 for w in ws.values()) ** .5
+    first, Q, out = None, None, {}
     for name, model in relatives(str(folder)).items():
         W = {n: m.weight.detach() for n, m in model.named_modules() if n.endswith("_proj")}
-        Q = {n: decompose(w).Q for n, w in W.items()}
-        first = first or (W, Q)
-        def part(i): return [x for n in Q for x in torch.tensor_split((Q[n] * first[1][n]).sum(0).abs(), 3)[i].tolist()]
-        change = sum((W[n] - first[0][n]).norm() ** 2 for n in W) ** .5 / sum(w.norm() ** 2 for w in first[0].values()) ** .5
-        out[name] = dict(thirds=[round(sum(x) / len(x), 4) for x in map(part, range(3))], change=round(change.item(), 4),
-                         chance=round(sum((2 / (math.pi * len(q))) ** .5 for q in Q.values()) / len(Q), 4))
+        R = {n: decompose(w).Q for n, w in W.items()}
+        first, Q = first or W, Q or R
+        change = norm({n: W[n] - first[n] for n in W}) / norm(first)
+        out[name] = thirds([(Q[n], R[n]) for n in Q]) | dict(change=round(change.item(), 4))
+    return out
+
+
+def read(folder) -> torch.nn.Module:
+    from transformers import AutoModelForCausalLM
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+
+
+def kin_of(a, b) -> dict: # two folders of checkpoints
+    "Kinship of two checkpoints, over the matrices that both have in one shape"
+    A, B = (bases_of(read(f)) for f in (a, b))
+    both = [n for n in A if n in B and A[n].shape == B[n].shape]
+    if not both: raise ValueError(f"{a} and {b} have no matrix in common: kinship needs one architecture")
+    return thirds([(A[n], B[n]) for n in both]) | dict(left_out=len(A) - len(both))
+
+
+def kin_of_layers(folder) -> dict: # {how far apart: kinship}
+    "Kinship of the same matrix in two blocks of one checkpoint"
+    Q, out = bases_of(read(folder)), {}
+    block = lambda n: int(n.split("layers.")[1].split(".")[0])
+    last = max(map(block, Q))
+    for gap in sorted({1, 2, max(last // 2, 1)}):
+        there = lambda n: n.replace(f"layers.{block(n)}.", f"layers.{block(n) + gap}.")
+        out[f"{gap} apart"] = thirds([(Q[n], Q[there(n)]) for n in Q if there(n) in Q])
     return out
 
 
@@ -344,12 +383,23 @@ def write(path: Path, facts: dict, tables: dict) -> None:
     path.write_text("{\n" + ",\n".join(body) + "\n}\n")
 
 
+def real_part(a, known: dict) -> dict:
+    "The table `real`, with what was asked for added"
+    done = Work(a.work / "real")
+    if not a.folders: return known | done.do("stories260k", lambda: dict(stories260k=real(a.data / "stories260k")))
+    name = " and ".join(Path(f).name for f in a.folders)
+    one, two = len(a.folders) == 1, lambda: dict(kinship=kin_of(*a.folders))
+    found = done.do(name.replace(" ", "_"), (lambda: kin_of_layers(*a.folders)) if one else two)
+    print(name, json.dumps(found))
+    return known | {name: found}
+
+
 def alone(a) -> None:
     "The parts that change their own table only"
     if a.only: return null(a.work, a.only)               # its pieces; the record is written when all are there
     record = json.loads(a.out.read_text())
     if "null" in a.parts: record["null"] = null(a.work)
-    if "real" in a.parts: record["real"] = Work(a.work / "real").do("stories260k", lambda: real(a.data / "stories260k"))
+    if "real" in a.parts: record["real"] = real_part(a, record.get("real", {}))
     tables = {k: record.pop(k) for k in [*record] if isinstance(record[k], (list, dict)) and k not in FACTS}
     write(a.out, record, tables)
 
@@ -380,6 +430,7 @@ if __name__ == "__main__":
     p.add_argument("--shot-seeds", type=int, default=3); p.add_argument("--shuffles", type=int, default=20)
     p.add_argument("--work", type=Path, default=Path("runs/transfer"), help="finished evaluations, snapshots and trained experts")
     p.add_argument("--only", nargs=2, metavar=("TARGET", "EXPERT"), help="`null` of one transfer, without writing the record")
+    p.add_argument("--folders", nargs="+", help="`real`: one checkpoint, whose layers are compared; or two, which are compared with each other")
     p.add_argument("--data", type=Path, default=Path(os.environ.get("TRANSFORMER2_DATA", "../shared/data")), help="published data, for `real`")
     p.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "transfer.json")
     main(p.parse_args())
