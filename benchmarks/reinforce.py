@@ -100,11 +100,24 @@ def one(name, seed, **kw):
                lr_used=[float(f"{x:.3g}") for x in h.column("lr")[1]],
                step_kl=[float(f"{x:.2g}") for x in h.column("step_kl")[1]],
                rewards=[round(x, 3) for x in h.column("reward")[1]])
-    row |= sampled(model, tok, task, SIZES[name])
-    skills = ("math", "code", "logic") if name != "dog" else ()
-    lab_tasks = lab.load("A")[2] if skills else {}
-    row["greedy"] = {s: evaluate(model, tok, lab_tasks[s], limit=501, batch_size=251,
-                                 progress=False).correct for s in skills}
+    row |= sampled(model, tok, task, SIZES[name]) | dict(greedy=greedy(model, tok, name))
+    model.unload()
+    return row
+
+
+def greedy(model, tok, name):
+    "Right answers of 501 in each skill of the lab"
+    tasks = lab.load("A")[2] if name != "dog" else {}
+    return {s: evaluate(model, tok, tasks[s], limit=501, batch_size=251, progress=False).correct
+            for s in ("math", "code", "logic") if s in tasks}
+
+
+def untouched(name):
+    "What the base does on the same questions"
+    model, tok, task, _ = base(name)
+    model = get_peft_model(model, SvfConfig(target_modules="all-linear"))
+    row = dict(task=name, base=True) | sampled(model, tok, task, SIZES[name])
+    row |= dict(greedy=greedy(model, tok, name))
     model.unload()
     return row
 
@@ -130,7 +143,8 @@ def part_auto(work, seeds):
 
 def part_lambda(work, seeds, only=None):
     rates = dict(math=1e-2, generous=4e-2)
-    return [work.do(f"lambda-{task}-{lam:g}-{seed}",
+    bases = [] if only else [work.do(f"lambda-base-{t}", lambda: untouched(t)) for t in rates]
+    return bases + [work.do(f"lambda-{task}-{lam:g}-{seed}",
                     lambda: one(task, seed, kl=lam, lr=rates[task]))
             for task in rates if only in (None, task) for seed in seeds for lam in WEIGHTS]
 
