@@ -198,6 +198,7 @@ def weight_of(layer: BaseTunerLayer # a PEFT layer around a Linear, Conv1D or qu
     W = layer._base if aside else layer.get_base_weight()
     return W.T if is_conv1d(layer) else W
 
+# %% ../nbs/02_adapter.ipynb #37f5cb28
 @contextmanager
 def loaded(layer: BaseTunerLayer) -> Iterator[None]:
     "Inside, the base weight is at hand, wherever `device_map` has put it"
@@ -325,7 +326,7 @@ class SvfLayer(BaseTunerLayer):
         self._base, self.merge_error = None, 0.0 # the original weight, while merged; see `rounding`
         self._step = self._mix = None   # a step in place; rows of d in place
         self._mixed = False             # whether the last forward with a gradient had rows
-        self._tag = None                # `base_tag`, where the weight can no longer tell
+        self._tag = None                # the `base_tag` of a weight that is spread over processes
         self.in_features, self.out_features = _get_in_out_features(self.get_base_layer())
 
     def update_layer(self, name: str, config: SvfConfig, inference_mode: bool = False) -> None:
@@ -335,8 +336,8 @@ class SvfLayer(BaseTunerLayer):
         k = self.svf_Q.shape[0] if config.rank is None else min(config.rank, self.svf_Q.shape[0])
         self.svf_d[name] = nn.Parameter(torch.empty(k, dtype=torch.float32))
         reset_d(self.svf_d[name], config)
-        away = self.svf_Q.device if self.get_base_layer().weight.is_meta else None # offloaded
-        self._move_adapter_to_device_of_base_layer(name, away)
+        offloaded = self.get_base_layer().weight.is_meta
+        self._move_adapter_to_device_of_base_layer(name, self.svf_Q.device if offloaded else None)
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
 
 # %% ../nbs/02_adapter.ipynb #ce0bb5bd
@@ -753,6 +754,7 @@ def check_at_hand(model: nn.Module) -> None:
                          "takes the hooks of device_map away; wrap the base by get_peft_model(base,"
                          " SvfConfig.from_pretrained(folder)), then load_adapter(folder, 'expert')")
 
+# %% ../nbs/02_adapter.ipynb #6efe5b2e
 def check_before(model: nn.Module, adapter_name: str, config: SvfConfig
                 ) -> dict[str, str]: # the record of the base, as the config brought it
     "Everything that can be refused before a model is touched"

@@ -341,7 +341,7 @@ def together(model: nn.Module) -> nn.Module: # the PEFT model itself, ready for 
     "Meet the other processes, compare the bases, and spread the weights if the launcher says so"
     join_world()
     if isinstance(model, nn.parallel.DistributedDataParallel): model = model.module
-    if world()[1] == 1: return model
+    if world()[1] == 1 or not dist.is_initialized(): return model
     if not spread(model):
         if len(set(exchange(lambda: frozen_digest(model)))) > 1:
             raise ValueError("the processes hold different base weights: load the checkpoint in all"
@@ -357,6 +357,7 @@ def together(model: nn.Module) -> nn.Module: # the PEFT model itself, ready for 
                              " ignored_params")
     return model
 
+# %% ../nbs/09_reinforce.ipynb #3b1cfdea
 def frozen_digest(model: nn.Module) -> str:
     "Identity of the weights that are not trained, by a sample of each"
     h = hashlib.sha256()
@@ -384,9 +385,10 @@ def share(model: nn.Module) -> None: # a PEFT model
     blocks = getattr(base, "_no_split_modules", None) or ()
     for m in [m for m in base.modules() if type(m).__name__ in blocks]:
         fully_shard(m, ignored_params=own)
-    fully_shard(model, ignored_params=own, reshard_after_forward=True) # saving would, in one process
+    fully_shard(model, ignored_params=own, reshard_after_forward=True) # as one process's saving would
     for p in own: p.data = p.data.to(base.device)
 
+# %% ../nbs/09_reinforce.ipynb #f0bd6dd1
 def turns(run: "Run", numbers: list[int]) -> Iterator[tuple[int, bool]]: # chunk; whether it counts
     "This process's chunks; where weights are spread, one more if others have one more"
     rank, n = world()
@@ -453,6 +455,7 @@ def micro_batches(r: Rollouts, size: int | None) -> Iterator[list[int]]: # row n
     order = sorted(range(len(r)), key=lambda i: int(r.lengths[i]))
     for i in range(0, len(order), size or len(order)): yield order[i:i + (size or len(order))]
 
+# %% ../nbs/09_reinforce.ipynb #f0900338
 def learn(run: Run,
           mine: dict,          # {chunk: Rollouts} of this process
           A: torch.Tensor,     # (N,) advantages of the whole batch
