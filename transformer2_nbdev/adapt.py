@@ -32,7 +32,8 @@ def one_hot(names: list[str | None], # an expert for each prompt; None is the ba
     "Rows of mixture weights that give every prompt to one expert"
     if unknown := [n for n in names if n is not None and n not in experts]:
         known = ", ".join(experts)
-        raise ValueError(f"no expert named {unknown[0]!r}: there are {known}, and None for the base")
+        raise ValueError(f"no expert named {unknown[0]!r}: there are {known}, "
+                         "and None for the base")
     rows = [[float(n == e) for e in experts] for n in names]
     return torch.tensor(rows).view(len(names), len(experts))
 
@@ -64,8 +65,9 @@ def weight_rows(weights, n: int, experts: list[str]) -> torch.Tensor: # (n, K) o
     w, K = torch.as_tensor(weights, dtype=torch.float32).detach(), len(experts)
     if w.dim() == 1: w = w[None]
     if w.dim() not in (2, 3) or w.shape[-1] != K or len(w) not in (1, n):
-        raise ValueError(f"the strategy returned weights of shape {tuple(w.shape)} for {n} prompts: "
-                         f"expected ({n}, K) or ({n}, L, K) with K={K} experts ({', '.join(experts)})")
+        raise ValueError(f"the strategy returned weights of shape {tuple(w.shape)} for {n} "
+                         f"prompts: expected ({n}, K) or ({n}, L, K) with K={K} experts "
+                         f"({', '.join(experts)})")
     if not torch.isfinite(w).all():
         raise ValueError("the strategy returned weights with NaN or infinity: check how it "
                          "computes them")
@@ -246,7 +248,8 @@ def second_pass(tp: TwoPass, prompts: list[str], weights: torch.Tensor, kwargs: 
     "Answer every prompt with its own row of weights"
     form, out, size = getattr(tp.strategy, "form", "delta"), [], tp.batch_size
     texts = [render(p, None, tp.tokenizer, tp.system) for p in prompts]
-    for i in progress_bar(range(0, len(texts), size), desc="Second pass", unit="batch", leave=False):
+    steps = range(0, len(texts), size)
+    for i in progress_bar(steps, desc="Second pass", unit="batch", leave=False):
         some = slice(i, i + size)
         with mixture(tp.model, weights[some], tp.experts, form):
             out += complete(tp.model, tp.tokenizer, texts[some], tp.limit, **kwargs)

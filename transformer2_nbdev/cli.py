@@ -9,15 +9,15 @@ __all__ = ['app', 'lab_app', 'Debug', 'MENDABLE', 'DTYPES', 'RUN', 'MODEL', 'ASK
            'ItsFolder', 'Shots', 'ShotTask', 'Judge', 'Select', 'Generations', 'Typed', 'AnswerFile', 'Base', 'Where',
            'DEMO', 'SEARCH', 'HEAD', 'PAGE', 'INTRO', 'ADAPTING', 'DemoOut', 'options', 'out_of_memory', 'line_of',
            'told', 'go_on', 'resumable', 'Grouped', 'option', 'quiet', 'device_of', 'reading', 'check_model_name',
-           'check_chat', 'note_on_chat', 'load_model', 'check_modules', 'targets_of', 'wrap', 'read_value',
-           'option_for', 'setting_params', 'WithSettings', 'task_of', 'only_fitting', 'says', 'Setup', 'run_training',
-           'train', 'report', 'given_by_hand', 'follow', 'in_folder', 'check_grid', 'grid_points', 'folder_name',
-           'one_value', 'finished', 'chosen', 'against', 'sweep_table', 'in_columns', 'check_sweep', 'run_sweep',
-           'evaluate', 'put_on', 'shipped', 'folder_of', 'folders_of', 'wording_of', 'ends_like', 'shots_of',
-           'Choosing', 'strategy_of', 'check_choosing', 'shown_answer', 'converse', 'write_answers', 'adapt',
-           'prompts_in', 'check_answer_file', 'run_adapt', 'build', 'train_skills', 'ask_all', 'adapt_all', 'rows_of',
-           'draw_rewards', 'draw_bars', 'knobs_of', 'rms', 'draw_knobs', 'draw_spectra', 'draw_mixtures', 'picture',
-           'html_table', 'page_of', 'run_demo', 'demo', 'main']
+           'check_chat', 'note_on_chat', 'note_on_part', 'load_model', 'check_modules', 'targets_of', 'wrap',
+           'read_value', 'option_for', 'setting_params', 'WithSettings', 'task_of', 'only_fitting', 'says', 'Setup',
+           'run_training', 'train', 'report', 'given_by_hand', 'follow', 'in_folder', 'check_grid', 'grid_points',
+           'folder_name', 'one_value', 'finished', 'chosen', 'against', 'sweep_table', 'in_columns', 'check_sweep',
+           'run_sweep', 'evaluate', 'put_on', 'shipped', 'folder_of', 'folders_of', 'wording_of', 'ends_like',
+           'shots_of', 'Choosing', 'strategy_of', 'check_choosing', 'shown_answer', 'converse', 'write_answers',
+           'adapt', 'prompts_in', 'check_answer_file', 'run_adapt', 'build', 'train_skills', 'ask_all', 'adapt_all',
+           'rows_of', 'draw_rewards', 'draw_bars', 'knobs_of', 'rms', 'draw_knobs', 'draw_spectra', 'draw_mixtures',
+           'picture', 'html_table', 'page_of', 'run_demo', 'demo', 'main']
 
 # %% ../nbs/24_cli.ipynb #b8a168d4
 import os, sys, time
@@ -168,6 +168,15 @@ def note_on_chat(tokenizer, name: str) -> None:
     if name.startswith("lab:") or getattr(tokenizer, "chat_template", None): return
     typer.echo(f"note: {name} has no chat template, so prompts are given as plain text", err=True)
 
+# %% ../nbs/24_cli.ipynb #01f216e5
+def note_on_part(task, prompts: str | None, split: str) -> None:
+    "Say when an evaluation asked only a part of a file of prompts"
+    if prompts is None or split == "all": return
+    asked, there = len(task.examples(split)), len(task.examples("all"))
+    if asked == there: return
+    typer.echo(f"note: {prompts} has {there} prompts, and {asked} of them are its {split} part; "
+               "--split all asks every one", err=True)
+
 # %% ../nbs/24_cli.ipynb #874028d4
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -270,7 +279,8 @@ def option_for(f, cls: type) -> Parameter: # f: a dataclass field with a help in
     kinds = tuple(sorted(kinds, key=lambda k: k is str))     # text last: it takes every word
     if len(kinds) > 1: more["parser"] = partial(read_value, kinds)
     words = [str(c).lower() for c in CHOICES.get(f.name, ())]
-    if len(kinds) > 1: words = words or [k.__name__.upper() for k in kinds if k is not NoneType]
+    named = {int: "INT", float: "FLOAT", str: "WORD", bool: "true|false"}
+    if len(kinds) > 1: words = words or [named[k] for k in kinds if k in named]
     if words: more["metavar"] = "|".join(words)
     help = option(f.metadata["help"], home.__doc__, **more)
     return Parameter(f.name, Parameter.KEYWORD_ONLY, default=f.default,
@@ -286,6 +296,7 @@ def setting_params(cls: type) -> list: # of click
     made, names = typer.main.get_command(small).params, {f.name for f in fields(cls)}
     return [p for p in made if p.name in names]
 
+# %% ../nbs/24_cli.ipynb #908c8c82
 class WithSettings(Grouped):
     "A command with an option for every setting of a training run; it finds them in ctx.meta"
     def get_params(self, ctx):
@@ -559,7 +570,7 @@ Expert = Annotated[str, option("adapter folder to put on the model", MODEL)]
 Answers = Annotated[str, option("folder for result.json and items.jsonl; an interrupted evaluation "
                                 "in it is resumed", RUN)]
 Limit = Annotated[int, option("only the first questions", ASKED)]
-Split = Annotated[str, option("train, validation or test", ASKED)]
+Split = Annotated[str, option("train, validation, test, or all of a file of prompts", ASKED)]
 
 @app.command(name="eval", cls=Grouped)
 @told()
@@ -580,6 +591,7 @@ def evaluate(model: Model, task: Task = None, prompts: Prompts = None, reward: R
         result = rooms.evaluate(put_on(net, expert), tokenizer, asked, out=out,
                                 max_new_tokens=max_new_tokens, **how)
     note_on_chat(tokenizer, model)
+    note_on_part(asked, prompts, split)
     typer.echo(str(result))
 
 # %% ../nbs/24_cli.ipynb #f6774d65
