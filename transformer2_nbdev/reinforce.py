@@ -582,7 +582,7 @@ def trusted(run: Run, guess: float = 1e-3 # the first rate that is tried
     first, lr = run.rate is None, adam(run, (run.rate or guess) * share)
     step = {n: p.detach() - before[n] for n, p in run.params.items()}
     for _ in range(8):
-        kl = moved(run, before)
+        kl = max(moved(run, before), 0.) # a tiny one can be rounded below 0
         low = c.step_kl / 2 if first and kl > 1e-9 else 0.      # a step that does nothing stays
         if low <= kl <= 1.5 * c.step_kl: break
         scale = min(max(math.sqrt(c.step_kl / kl), .1), 30.) if math.isfinite(kl) else .1
