@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 import reinforce_toy as toy
 from transformer2_nbdev import evaluate, reinforce
 from transformer2_nbdev.reinforce import Diverged, ReinforceConfig, Run, advantages, policy_step, sft, train_expert
-from transformer2_nbdev.rollout import Rollouts
+from transformer2_nbdev.rollout import Rollouts, vocab_logprobs
 from transformer2_nbdev.tasks import Task
 
 fork = multiprocessing.get_context("fork")
@@ -235,7 +235,7 @@ def per_answer(losses, z): return torch.stack([torch.cat([g.flatten() for g in t
 @pytest.mark.parametrize("temperature", [1., .6])
 def test_over_all_pairs_of_answers_leave_one_out_is_exact_and_group_points_the_same_way(temperature):
     model, z, every = everything(temperature)
-    logp = reinforce.vocab_logprobs(model, every.ids, every.mask, 2, temperature)
+    logp = vocab_logprobs(model, every.ids, every.mask, 2, temperature)
     pi = (logp.gather(-1, every.ids[:, 2:, None])[..., 0] * every.completion_mask).sum(1).exp()
     assert abs(pi.sum().item() - 1) < 1e-12
     reward = torch.tensor([1., -1., -1., 1., -1.] * 2 + [-1., 1., -1.])
@@ -252,8 +252,8 @@ def test_over_all_pairs_of_answers_leave_one_out_is_exact_and_group_points_the_s
 @pytest.mark.parametrize("of", ["policy", "base"])
 def test_a_baseline_known_beforehand_leaves_the_gradient_of_the_kl_exact(of):
     model, z, every = everything(.8)
-    logp = reinforce.vocab_logprobs(model, every.ids, every.mask, 2, .8)
-    with reinforce.reference(model): ref = reinforce.vocab_logprobs(model, every.ids, every.mask, 2, .8)
+    logp = vocab_logprobs(model, every.ids, every.mask, 2, .8)
+    with reinforce.reference(model): ref = vocab_logprobs(model, every.ids, every.mask, 2, .8)
     pi = (logp.gather(-1, every.ids[:, 2:, None])[..., 0] * every.completion_mask).sum(1).exp()
     exact = per_answer([(pi * (reinforce.kl_per_token(logp, ref, of) * every.completion_mask).sum(1)).sum()], z)[0]
     def ours(**kw): return per_answer([(pi.detach() * reinforce.policy_loss(model, every, torch.zeros(13), 1., of, **kw)[0]).sum()], z)[0]
