@@ -174,7 +174,7 @@ class ReinforceConfig(AskConfig, ObjectiveConfig):
 
 PAPER = dict(batch_size=256, lr=2e-3, max_grad_norm=1e-3, kl=0.1, schedule="cosine",
              advantage="none")
-OFFICIAL = PAPER | dict(kl=0., kl_of="base", schedule="constant", temperature=0.)
+OFFICIAL = PAPER | dict(kl=0., kl_of="base", kl_path=False, schedule="constant", temperature=0.)
 
 # %% ../nbs/09_reinforce.ipynb #0ae8cc60
 CHOICES = dict(schedule=("cosine", "constant"), kl_of=("policy", "base"),
