@@ -59,7 +59,8 @@ SHOTS = [("Write a function that reverses a list.", "code"),
 @cache
 def questions(split):
     "Questions of the three subjects in turn: 600 to train on, 90 to validate, 90 to test"
-    sources = dict(math=lines(DATA / "gsm8k" / "train.jsonl"), code=lines(DATA / "mbpp" / "mbpp.jsonl"),
+    sources = dict(math=lines(DATA / "gsm8k" / "train.jsonl"),
+                   code=lines(DATA / "mbpp" / "mbpp.jsonl"),
                    science=lines(DATA / "arc" / "ARC-Easy-train.jsonl"))
     pick = dict(train=slice(200), validation=slice(200, 230), test=slice(230, 260))[split]
     text = lambda row: row.get("question") or row["text"]

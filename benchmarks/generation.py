@@ -1,13 +1,14 @@
 """Tokens per second of generation: `python benchmarks/generation.py --chat FOLDER`.
 
-The same prompts, the same seed, one thread, processor seconds, best of --best runs. Tokens that count
-are those up to the end of each answer. Ways:
+The same prompts, the same seed, one thread, processor seconds, best of --best runs. Tokens that
+count are those up to the end of each answer. Ways:
 
     library   `model.generate` on the padded rectangle, a logits processor noting log-probabilities
-    ours      `sample_steps`: rows leave, prompts that are alike and a shared beginning are read once
+    ours      `sample_steps`: rows leave; prompts that are alike, and a shared beginning, are read
+              once
     room      ours, with keys and values in memory taken ahead instead of torch.cat at every token
-    paged     transformers' continuous batching (`generate_batch`), greedy only, one run after one to
-              warm up, given up after 60 seconds
+    paged     transformers' continuous batching (`generate_batch`), greedy only, the better of two
+              runs, given up after 60 seconds
 
     lab       128 sums for lab base A, 8 tokens
     samples   16 sums, 8 answers each, as a training step asks them
@@ -82,12 +83,14 @@ def with_room(*args):
 def cases(names):
     "(name, model, tokenizer, prompts, tokens, further ends)"
     for name in names:
-        kind = dict(lab="math", samples="math", sentences="dog", stories="dog").get(name, "dispatch")
+        kinds = dict(lab="math", samples="math", sentences="dog", stories="dog")
+        kind = kinds.get(name, "dispatch")
         model, tok, task = auto_lr.base(kind)
         ends = tok("x.", add_special_tokens=False)["input_ids"][-1:] if name == "sentences" else []
         rows = task.examples("test")
         begun = ["Once upon a time", "The dog", "One day Lily and Tom went to the big park and"]
-        prompts, T = dict(lab=(rows[:128], 8), samples=([e for e in rows[:16] for _ in range(8)], 8),
+        eight = [e for e in rows[:16] for _ in range(8)]
+        prompts, T = dict(lab=(rows[:128], 8), samples=(eight, 8),
                           sentences=(begun * 32, 60), stories=(begun[:1] * 64, 96),
                           turns=(rows[:16], 4), chat=(rows[:8], 48))[name]
         if name == "chat": prompts = [render([dict(role="user", content=e["question"])], None, tok)

@@ -1,14 +1,15 @@
 """Log-probabilities in one table and in pieces: `python benchmarks/logprobs.py`.
 
-A step's loss (room 09's `policy_loss`, KL to the base, entropies) and its gradient, for a policy with
-SVF on all matrices. `table` forms the logits of all places at once; `pieces` is what the library does.
-Every measurement is a process of its own: peak bytes are the growth of its resident memory over what
-it had before the loss (VmHWM), seconds are processor seconds of one thread, best of three. `words` and
-`places` vary one at a time, so that it can be seen what grows with what. One more size is that of
-SmolLM2-135M (random weights), where the transformer's own work is in the picture as well. The record
-is benchmarks/results/logprobs.json.
+A step's loss (room 09's `policy_loss`, KL to the base, entropies) and its gradient, for a policy
+with SVF on all matrices. `table` forms the logits of all places at once; `pieces` is what the
+library does. Every measurement is a process of its own: peak bytes are the growth of its resident
+memory over what it had before the loss (VmHWM), seconds are processor seconds of one thread, the
+shorter of two runs. Words and places vary one at a time, so that it can be seen what grows with
+what. One more size has SmolLM2's width and vocabulary and four of its thirty layers (random
+weights), where a transformer's own work is in the picture as well. The record is
+benchmarks/results/logprobs.json.
 """
-import argparse, json, subprocess, sys, time
+import argparse, json, multiprocessing, tempfile, time
 from pathlib import Path
 
 import torch
@@ -24,9 +25,9 @@ from transformer2_nbdev.rollout import Rollouts
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = dict(hidden=256, layers=1, rows=8, prompt=8)
-SIZES = [SMALL | dict(words=w, tokens=t) for w, t in ((32_768, 64), (65_536, 64), (131_072, 64),
-                                                     (131_072, 32), (131_072, 128))]
-SMOLLM = dict(words=49_152, hidden=576, layers=30, rows=8, prompt=64, tokens=64)
+SIZES = [SMALL | dict(words=w, tokens=t)
+         for w, t in ((32_768, 64), (131_072, 64), (131_072, 256))]
+SMOLLM = dict(words=49_152, hidden=576, layers=4, rows=8, prompt=64, tokens=64)
 
 
 def status(key): # bytes
@@ -54,15 +55,15 @@ def answers(size):
                     torch.zeros(B, T), P, torch.ones(B))
 
 
-def measure(size, form):
-    "One process: peak bytes, seconds, and the gradient"
+def measure(size, form, file):
+    "Peak bytes, seconds, and the gradient, into a file"
     torch.set_num_threads(1)
     model, r, seconds = policy(size), answers(size), []
     with torch.no_grad(): model(r.ids[:1, :4])                          # buffers that stay
     A, before = torch.linspace(-1, 1, size["rows"]), status("VmRSS")
     if form == "table": rollout.PIECE = 10 ** 15
     Path("/proc/self/clear_refs").write_text("5")                       # forget the peak so far
-    for i in range(3):
+    for i in range(2):
         model.zero_grad()
         began = time.process_time()
         loss, sums = policy_loss(model, r, A)
@@ -71,41 +72,38 @@ def measure(size, form):
         if i == 0: peak = status("VmHWM") - before
     g = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
     table = 4 * size["rows"] * size["tokens"] * size["words"]
-    return dict(size, form=form, bytes=peak, table=table, tables=round(peak / table, 3),
-                seconds=round(min(seconds), 2), kl=sums["kl"]), g
+    row = dict(size, form=form, bytes=peak, table=table, tables=round(peak / table, 3),
+               seconds=round(min(seconds), 2), kl=sums["kl"])
+    torch.save((row, g), file)
 
 
 def apart(size, form, folder):
     "Measure in a process of its own"
     file = Path(folder) / f"{form}.pt"
-    call = [sys.executable, __file__, "--one", json.dumps(size), form, str(file)]
-    subprocess.run(call, check=True)
+    process = multiprocessing.get_context("fork").Process(target=measure, args=(size, form, file))
+    process.start()
+    process.join()
+    if process.exitcode: raise RuntimeError(f"{form} of {size} ended with {process.exitcode}")
     return torch.load(file)
 
 
 def main():
     raw = argparse.RawDescriptionHelpFormatter
     p = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
-    p.add_argument("--one", nargs=3, help=argparse.SUPPRESS)
     p.add_argument("--out", default=str(ROOT / "benchmarks" / "results" / "logprobs.json"))
     a = p.parse_args()
-    if a.one:
-        torch.save(measure(json.loads(a.one[0]), a.one[1]), a.one[2])
-        return
-    import tempfile
+    torch.set_num_threads(1)
     rows = []
     for size in (*SIZES, SMOLLM):
         with tempfile.TemporaryDirectory() as folder:
             (table, g), (pieces, h) = (apart(size, form, folder) for form in ("table", "pieces"))
         off = float((g - h).norm() / g.norm())
         for row in (table, pieces):
-            row["off"] = off
-            rows.append(row)
+            rows.append(row | dict(off=off))
             print({k: row[k] for k in ("words", "tokens", "hidden", "form", "tables", "seconds")},
                   f"{row['bytes'] / 2**20:.0f} MB, gradients differ by {off:.0e}", flush=True)
-    torch.set_num_threads(1)
-    record = about() | dict(command="python benchmarks/logprobs.py", rows=rows)
-    write_atomic(Path(a.out), json.dumps(record, indent=1) + "\n")
+        record = about() | dict(command="python benchmarks/logprobs.py", rows=rows)
+        write_atomic(Path(a.out), json.dumps(record, indent=1) + "\n")
 
 
 if __name__ == "__main__": main()

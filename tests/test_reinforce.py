@@ -8,7 +8,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 
 import reinforce_toy as toy
-from transformer2_nbdev import evaluate, reinforce
+from transformer2_nbdev import evaluate, reinforce, rollout
 from transformer2_nbdev.reinforce import Diverged, ReinforceConfig, Run, advantages, policy_step, sft, train_expert
 from transformer2_nbdev.rollout import Rollouts, vocab_logprobs
 from transformer2_nbdev.tasks import Task
@@ -307,3 +307,26 @@ def test_auto_resumes_bit_for_bit(tmp_path):
     assert metrics(tmp_path / "cut") == metrics(tmp_path / "whole")
     same(adapter(tmp_path / "cut" / "last"), adapter(tmp_path / "whole" / "last"))
     assert all(m["step_kl"] <= 1.5 * .004 for m in whole.metrics[1:]) and len({m["lr"] for m in whole.metrics[1:]}) < 4
+
+
+@pytest.mark.parametrize("kw", [dict(), dict(kl=0.), dict(kl=0., track_kl=False), dict(kl_of="base", reduction="token"), dict(kl_path=False, temperature=.7)], ids=str)
+@pytest.mark.parametrize("fused", [True, False])
+def test_the_loss_in_pieces_is_the_loss(kw, fused, monkeypatch):
+    whole, m = gradient(fused=fused, **kw | dict(micro_batch=None))
+    monkeypatch.setattr(rollout, "PIECE", 15 * 64)
+    seen = []
+    monkeypatch.setattr(reinforce, "hidden", lambda *args: seen.append(rollout.hidden(*args)) or seen[-1])
+    parts, n = gradient(fused=fused, **kw | dict(micro_batch=None))
+    assert seen and all(h.lean for h in seen)
+    same(parts, whole, rtol=1e-4, atol=1e-6)
+    for k in ("loss", "kl", "entropy", "gap"): assert math.isclose(m[k], n[k], rel_tol=1e-4, abs_tol=1e-5), k
+
+
+def test_the_length_of_a_step_is_the_same_in_pieces(monkeypatch):
+    found = []
+    for piece in (rollout.PIECE, 15 * 64):
+        monkeypatch.setattr(rollout, "PIECE", piece)
+        run = reinforce.begin(toy.policy(), toy.tokenizer(), toy.DOG, config(lr="auto"), None)
+        policy_step(run); run.good = reinforce.snapshot(run)
+        found.append(reinforce.trusted(run))
+    assert math.isclose(found[0]["step_kl"], found[1]["step_kl"], rel_tol=1e-3)

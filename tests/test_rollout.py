@@ -504,3 +504,10 @@ def test_pieces_hold_no_table_of_the_vocabulary():
     model = spread(llama())
     with Largest(): numbers(model, *ragged(), 44 * 64)
     assert 0 < Largest.most <= 44 * 64 < 7 * 30 * 44
+
+
+def test_a_head_that_is_spread_over_processes_takes_the_plain_way():
+    model = llama().requires_grad_(False)
+    assert rooms.plain_head(model) is model.lm_head
+    model.lm_head.weight.device_mesh = "as a DTensor has"
+    assert rooms.plain_head(model) is None

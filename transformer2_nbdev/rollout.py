@@ -8,8 +8,8 @@ __all__ = ['NEEDS', 'PIECE', 'ODD', 'pad_left', 'positions', 'inner', 'eos_ids',
            'own_rows', 'fits_window', 'read_shared', 'read', 'once', 'last_logits', 'shaped', 'draw', 'sample_steps',
            'sample_batch', 'Generation', 'trim', 'select', 'join', 'texts_of', 'generate', 'answer_pass', 'to_share',
            'completion_logits', 'vocab_logprobs', 'entropy', 'kl_per_token', 'Hidden', 'after_head', 'plain_head',
-           'caught', 'hidden', 'agrees', 'slopes_of', 'places', 'whole_places', 'base_logprobs', 'token_logprobs',
-           'judge', 'Rollouts', 'rollout', 'items_of']
+           'caught', 'hidden', 'agrees', 'divergence', 'slopes_of', 'places', 'whole_places', 'base_logprobs',
+           'token_logprobs', 'judge', 'Rollouts', 'rollout', 'items_of']
 
 # %% ../nbs/07_rollout.ipynb #cc206472
 import math, time
@@ -473,7 +473,9 @@ ODD = WeakSet()    # models whose logits are not what `after_head` says
 def plain_head(model: nn.Module) -> nn.Module | None:
     "The output embedding, if nothing in it is trained"
     head = inner(model).get_output_embeddings()
-    if head is None or getattr(head, "weight", None) is None or inner(model) in ODD: return None
+    weight = getattr(head, "weight", None)
+    if weight is None or inner(model) in ODD: return None
+    if hasattr(weight, "device_mesh"): return None    # spread over processes, whole only inside a pass
     adapted = (BaseTunerLayer, AuxiliaryTrainingWrapper)
     if any(isinstance(m, adapted) for m in head.modules()): return None
     learns = torch.is_grad_enabled() and any(p.requires_grad for p in head.parameters())
@@ -499,7 +501,9 @@ def hidden(model: nn.Module,
           ) -> Hidden:
     "The states at the completion's places, and the way from there to logits"
     args, tokens = (model, ids, mask, prompt_len), ids[:, prompt_len:]
-    wide = lambda x: x.to(torch.promote_types(x.dtype, torch.float32)) / (temperature or 1.)
+    def wide(logits):
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        return logits if temperature in (0, 1) else logits / temperature
     head = plain_head(model)
     if head is None or tokens.numel() * len(head.weight) <= PIECE:
         return Hidden(completion_logits(*args, temperature), lambda x: x, tokens, False)
@@ -527,9 +531,10 @@ class _Places(torch.autograd.Function):
             logits = logits_of(x)
         with torch.no_grad():
             logp, y = logits.log_softmax(-1), tokens.to(logits.device)[:, None]
-            taken, h = logp.gather(-1, y)[:, 0], entropy(logp)
-            kl = torch.zeros_like(h) if ref is None else kl_per_token(logp, ref, of)
-            slopes = slopes_of(logp, ref if slope else None, kl, y, of) if need else ()
+            p, taken = logp.exp(), logp.gather(-1, y)[:, 0]
+            h = torch.special.entr(p).sum(-1)
+            kl = torch.zeros_like(h) if ref is None else divergence(logp, p, ref, of)
+            slopes = slopes_of(logp, p, ref if slope else None, kl, y, of) if need else ()
         grads = [torch.autograd.grad(logits, x, g, retain_graph=True)[0] for g in slopes]
         ctx.save_for_backward(*grads)
         ctx.mark_non_differentiable(h)
@@ -538,16 +543,20 @@ class _Places(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, taken, _, kl):
-        total = sum(g * w[:, None].to(g) for g, w in zip(ctx.saved_tensors, (taken, kl)))
+        weights = (kl, taken)[-len(ctx.saved_tensors):]
+        total = sum(g * w[:, None].to(g) for g, w in zip(ctx.saved_tensors, weights))
         return total, *[None] * 5
 
-def slopes_of(logp, ref, kl, y, of) -> Iterator[torch.Tensor]: # logp and ref are used up
-    "Derivatives of taken and of kl with respect to the logits, one after the other"
-    p = logp.exp()
-    yield p.neg().scatter_add_(-1, y, torch.ones_like(y, dtype=p.dtype))
-    if ref is None: return
-    if of == "policy": yield logp.sub_(ref).sub_(kl[:, None]).mul_(p)
-    else: yield p.sub_(ref.exp_())
+def divergence(logp, p, ref, of) -> torch.Tensor: # (n,)
+    "`kl_per_token` with p at hand and one table less"
+    if of == "policy": return (logp - ref).mul_(p).sum(-1)
+    return (ref - logp).mul_(ref.exp()).sum(-1)
+
+def slopes_of(logp, p, ref, kl, y, of) -> Iterator[torch.Tensor]: # logp, p and ref are used up
+    "Derivatives of kl, if there is a ref, and of taken with respect to the logits"
+    if ref is not None and of == "policy": yield logp.sub_(ref).sub_(kl[:, None]).mul_(p)
+    if ref is not None and of == "base": yield ref.exp_().neg_().add_(p)
+    yield p.neg_().scatter_add_(-1, y, torch.ones_like(y, dtype=p.dtype))
 
 # %% ../nbs/07_rollout.ipynb #5d0a7f08
 def places(now: Hidden,
