@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
+import chat_toy
 import reinforce_toy as toy
 from transformer2_nbdev.cli import app
 
@@ -488,6 +489,49 @@ SWEEPS = {
 }
 
 
+TURNS = [dict(role="system", content="Name the kind."), dict(role="user", content="2 + 3"),
+         dict(role="assistant", content="math")]
+
+
+def conversations(folder, n=10) -> Path:
+    "A file of prompts as messages, in the form that TRL reads"
+    ask = lambda i: [*TURNS, dict(role="user", content=f"the cat sees {i}")]
+    lines = [json.dumps(dict(prompt=ask(i), animal="cat")) for i in range(n)]
+    (folder / "chat.jsonl").write_text("\n".join(lines) + "\n")
+    return folder / "chat.jsonl"
+
+
+def test_prompts_as_messages_train_and_are_measured_and_answered(world, tmp_path):
+    model = chat_toy.chat(tmp_path / "chat", max_position_embeddings=1024)
+    file = conversations(tmp_path)
+    own = ["--prompts", file, "--reward", f"{world}/reward.py:dog", "--max-new-tokens", 4]
+    r = call(["train", "--model", model, *own, "--steps", 1, "--batch-size", 8, "--lr", 1e-2,
+              "--out", tmp_path / "expert"])
+    assert r.exit_code == 0, r.stderr
+    r = call(["eval", "--model", model, *own, "--split", "all", "--out", tmp_path / "answers"])
+    assert r.exit_code == 0 and "n = 10" in r.stdout, r.stderr
+    seen = [json.loads(l)["prompt"] for l in (tmp_path / "answers/items.jsonl").open()]
+    assert seen == [json.loads(l)["prompt"] for l in file.open()]
+    r = call(["adapt", "--model", model, "--experts", f"math={tmp_path}/expert",
+              f"code={tmp_path}/expert", "--strategy", "prompt", "--prompts", file,
+              "--max-new-tokens", 4, "--out", tmp_path / "adapted.jsonl"])
+    assert r.exit_code == 0, r.stderr
+    rows = [json.loads(l) for l in (tmp_path / "adapted.jsonl").open()]
+    assert [r["prompt"] for r in rows] == [json.loads(l)["prompt"] for l in file.open()]
+
+
+@pytest.mark.parametrize("broken, said", [
+    ([dict(role="user")], "content"), ([dict(role="judge", content="x")], "role"),
+    ([dict(role="assistant", content="x")], "user"), ([], "")])
+def test_a_broken_conversation_is_named_by_its_row(world, tmp_path, broken, said):
+    good = dict(prompt=[dict(role="user", content="x")])
+    (tmp_path / "chat.jsonl").write_text(f"{json.dumps(good)}\n{json.dumps(dict(prompt=broken))}\n")
+    r = call(["eval", "--model", world / "model", "--prompts", tmp_path / "chat.jsonl",
+              "--reward", f"{world}/reward.py:dog", "--max-new-tokens", 4])
+    assert r.exit_code == 2 and "chat.jsonl, row 2" in r.stderr and said in r.stderr, r.stderr
+    assert r.stderr.count("\n") == 1
+
+
 @pytest.mark.parametrize("split, n", [("test", 1), ("train", 8), ("all", 10)])
 def test_an_evaluation_of_own_prompts_takes_the_part_it_is_told(world, tmp_path, split, n):
     own = ["--prompts", world / "rows.jsonl", "--reward", f"{world}/reward.py:dog"]
@@ -496,6 +540,8 @@ def test_an_evaluation_of_own_prompts_takes_the_part_it_is_told(world, tmp_path,
     assert r.exit_code == 0 and f"n = {n}, seed 0" in r.stdout, r.stderr
     items = (tmp_path / "x" / "items.jsonl").read_text().splitlines()
     assert len({json.loads(l)["prompt"] for l in items}) == n
+    note = f"has 10 prompts, and {n} of them are its {split} part"
+    assert (note in r.stderr) == (split != "all")
     r = call([*args[:-1], "tset"])
     assert r.exit_code == 2 and "no rows for split 'tset'" in r.stderr
 

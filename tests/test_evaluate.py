@@ -219,12 +219,33 @@ def test_hierarchical_without_a_spread_of_seeds_is_the_bootstrap_over_questions(
     assert (h.low, h.high) == pytest.approx(bootstrap(gained, lost, 400), abs=.008)
 
 
-def test_hierarchical_without_a_spread_of_questions_has_the_standard_error_of_the_seeds():
-    "Every question alike, seeds that are all right or all wrong: sd / sqrt(S), with S - 1 in the sd"
-    right = [s % 2 == 0 for s in range(40)]
-    h = hierarchical(dict(a=np.zeros((40, 30)), b=[[r] * 30 for r in right]), "a")["b"]
-    se = np.std(right, ddof=1) / 40 ** .5
-    assert (h.low, h.high) == pytest.approx((.5 - 1.96 * se, .5 + 1.96 * se), abs=.03)
+@pytest.mark.parametrize("S", [3, 40])
+def test_hierarchical_without_a_spread_of_questions_has_the_interval_of_the_seeds(S):
+    "Every question alike, seeds that are all right or all wrong: mean +- t sd / sqrt(S)"
+    right = [s % 2 == 0 for s in range(S)]
+    h = hierarchical(dict(a=np.zeros((S, 30)), b=[[r] * 30 for r in right]), "a")["b"]
+    half = student_t(.95, S - 1) * np.std(right, ddof=1) / S ** .5
+    assert (h.high - h.low) / 2 == pytest.approx(half, rel=.25) and h.low < np.mean(right) < h.high
+
+
+def test_stretch_is_students_where_seeds_vary_and_one_where_they_do_not():
+    z, rng = 1.959964, np.random.default_rng(0)
+    alike = np.repeat(rng.integers(-1, 2, (1, 400)), 3, 0).astype(float)
+    assert ev.stretch(alike, .95) == pytest.approx(student_t(.95, 399) / z, rel=1e-3)
+    assert ev.stretch(np.array([[0.] * 30, [1.] * 30, [1.] * 30]), .95) == pytest.approx(student_t(.95, 2) / z, rel=1e-3)
+    assert ev.stretch(np.zeros((3, 30)), .95) == 1
+
+
+@pytest.mark.parametrize("S, scatter", [(3, 0), (3, .05), (6, .05)])
+def test_hierarchical_holds_the_truth_as_often_as_it_says(S, scatter):
+    "Nominally 190 of 200; three standard errors below is 180"
+    rng, held = np.random.default_rng(7), 0
+    for _ in range(200):
+        u, gain = rng.random((1, 200)), .1 + rng.normal(0, scatter, (S, 1))
+        a, b = np.repeat(u < .55, S, 0), (u < .5) | ((u > .55) & (u < .55 + np.clip(gain, 0, .4)))
+        h = hierarchical(dict(a=a, b=b), "a", resamples=300)["b"]
+        held += h.low <= .05 <= h.high
+    assert held >= 180
 
 
 def test_hierarchical_p_values():

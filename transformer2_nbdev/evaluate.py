@@ -7,7 +7,7 @@ __all__ = ['LAB', 'wilson', 'mcnemar', 'bootstrap', 'item_id', 'items_digest', '
            'make_result', 'write_atomic', 'append_lines', 'save', 'is_part', 'sweep_up', 'check_writable', 'load',
            'fingerprint', 'batches_of', 'batch_seed', 'mixed', 'answer_batch', 'check_settings', 'read_partial',
            'settings_of', 'run_facts', 'versions', 'peak_memory', 'evaluate', 'plot_accuracy', 'plot_paired',
-           'student_t', 'Summary', 'summarise', 'hierarchical', 'base_name', 'licence_of', 'stated_licence',
+           'student_t', 'Summary', 'summarise', 'stretch', 'hierarchical', 'base_name', 'licence_of', 'stated_licence',
            'cached_folder', 'look_up', 'score_table', 'caution', 'load_lines', 'fact_lines', 'model_card']
 
 # %% ../nbs/08_evaluate.ipynb #6c58ccff
@@ -416,6 +416,17 @@ def summarise(results: list,                # Results over the same questions, o
     half = student_t(confidence, len(accs) - 1) * stdev(accs) / math.sqrt(len(accs))
     return Summary(mean(accs), stdev(accs), max(mean(accs) - half, 0.), min(mean(accs) + half, 1.), accs, results[0].n)
 
+# %% ../nbs/08_evaluate.ipynb #5de20f71
+def stretch(D: np.ndarray,      # (S, n) differences, -1, 0 or 1
+            confidence: float
+           ) -> float:
+    "Student's quantile over the normal's, at the freedom that seeds and questions leave"
+    S, n = D.shape
+    a, b = D.mean(1).var(ddof=1) / S, D.mean(0).var(ddof=1) / n
+    if a + b == 0: return 1.
+    free = (a + b) ** 2 / (a ** 2 / (S - 1) + b ** 2 / (n - 1))
+    return student_t(confidence, free) / NormalDist().inv_cdf((1 + confidence) / 2)
+
 # %% ../nbs/08_evaluate.ipynb #2762283b
 def hierarchical(runs: dict,           # {method: S rows of n right or wrong, one row for each seed}
                  against: str,         # the method that all others are compared with
@@ -427,7 +438,7 @@ def hierarchical(runs: dict,           # {method: S rows of n right or wrong, on
     S, n = X[against].shape if X[against].ndim == 2 else (0, 0)
     if odd := [m for m, x in X.items() if x.shape != (S, n)]:
         raise ValueError(f"{odd[0]!r} has shape {X[odd[0]].shape}: expected {S} seeds x {n} questions")
-    if S < 2: raise ValueError("a spread needs at least two seeds: one run has none")
+    if S < 2 or n < 2: raise ValueError("a spread needs at least two seeds and two questions")
     rng = np.random.default_rng(seed)
     w = rng.multinomial(S, [1 / S] * S, resamples).astype(np.float32) / S
     v = rng.multinomial(n, [1 / n] * n, resamples).astype(np.float32) / n
@@ -436,6 +447,7 @@ def hierarchical(runs: dict,           # {method: S rows of n right or wrong, on
         rows = v @ D.T                                           # (resamples, S)
         middle = rows.mean(1, keepdims=True)
         d = middle[:, 0] + ((S / (S - 1)) ** .5 * w * (rows - middle)).sum(1)
+        d = D.mean() + stretch(D, confidence) * (d - D.mean())
         wrong = min((d <= 0).mean(), (d >= 0).mean())
         p = min(1., 2 * max(float(wrong), 1 / resamples))
         low, high = map(float, np.quantile(d, ends))

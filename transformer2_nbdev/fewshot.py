@@ -7,8 +7,8 @@ __all__ = ['OFFICIAL_SEARCH', 'OFFICIAL', 'draw', 'refit', 'best_first', 'Search
            'score_all', 'check_search', 'show_search', 'draw_shots', 'Shots', 'shots_of', 'check_shots', 'Marks',
            'mark', 'mark_rows', 'read_answers', 'judged', 'token_means', 'few_shot_scores', 'n_blocks', 'shape_of',
            'alphas', 'corners', 'variants', 'FewShot', 'show_progress', 'strengths', 'evens', 'random_mixtures',
-           'BestOf', 'Strength', 'in_context', 'bare', 'answer_turn', 'folds', 'held_back', 'select', 'curve', 'shares',
-           'show_alphas']
+           'BestOf', 'Strength', 'in_context', 'no_system', 'answer_turn', 'folds', 'held_back', 'select', 'curve',
+           'shares', 'show_alphas']
 
 # %% ../nbs/13_fewshot.ipynb #78970020
 import math
@@ -25,7 +25,8 @@ from .adapter import block_index, svf_layers
 from .mixture import mixture
 from .adapt import check_experts
 from .prompt import continuation, pad_right
-from .rollout import completion_logits, encode, eos_ids, generate, inner, pad_id, pad_left, undisturbed
+from .rollout import (completion_logits, encode, eos_ids, generate, inner, pad_id,
+                                        pad_left, undisturbed)
 from .tasks import Task, render
 
 # %% ../nbs/13_fewshot.ipynb #4b47578e
@@ -48,7 +49,7 @@ def refit(elites: torch.Tensor,                    # (E, dim)
     return torch.lerp(new[0], mean, smoothing), torch.lerp(new[1], std, smoothing)
 
 # %% ../nbs/13_fewshot.ipynb #9c6f4f45
-def best_first(scores: torch.Tensor # (P,), or (P, C): column 0 decides, the next ones break its ties
+def best_first(scores: torch.Tensor # (P,), or (P, C): column 0 decides, the next break its ties
               ) -> torch.Tensor:    # (P,) row numbers, best first; equal rows keep their order
     "Rank candidates lexicographically"
     scores = scores.view(len(scores), -1)
@@ -92,7 +93,7 @@ class Found:
 # %% ../nbs/13_fewshot.ipynb #0b733ffd
 def cem(objective: Callable,         # (P, dim) -> (P,) or (P, C) scores, greater is better
         dim: int,                    # numbers to find
-        start: torch.Tensor = None,  # (S, dim) candidates to be scored in the first generation as well
+        start: torch.Tensor = None,  # (S, dim) candidates to score in the first generation as well
         progress: bool = False,
         **settings                   # of `Search`
        ) -> Found:
@@ -139,8 +140,8 @@ def score_all(objective: Callable, x: torch.Tensor, g: int) -> torch.Tensor: # (
     "Evaluate one generation, and refuse what cannot be ranked"
     scores = torch.as_tensor(objective(x)).detach().float().cpu()
     if scores.dim() not in (1, 2) or len(scores) != len(x):
-        raise ValueError(f"the objective returned shape {tuple(scores.shape)} for {len(x)} candidates: "
-                         f"expected ({len(x)},) or ({len(x)}, C)")
+        raise ValueError(f"the objective returned shape {tuple(scores.shape)} for {len(x)} "
+                         f"candidates: expected ({len(x)},) or ({len(x)}, C)")
     scores = scores.view(len(x), -1)
     if scores.isnan().any():
         i = scores.isnan().any(1).nonzero()[0].item()
@@ -167,7 +168,7 @@ def show_search(found: Found,
                 objective: Callable,          # the (P, 2) -> (P,) function that was searched
                 at: tuple = (0, 2, 5, 9),     # generations to draw
                 bounds: tuple = (0., 1.)):
-    "A picture of a search in two dimensions: the population, its elites, and two standard deviations around the mean"
+    "A search in two dimensions: population, elites, and two standard deviations around the mean"
     import matplotlib.pyplot as plt
     at = [g for g in at if g < len(found.history)]
     axis = torch.linspace(*bounds, 60)
@@ -179,7 +180,8 @@ def show_search(found: Found,
         ax.contourf(axis, axis, values, 12, cmap="Greys_r", alpha=.5)
         ax.scatter(*h["population"].T, s=8, color="#666")
         ax.scatter(*h["population"][h["elites"]].T, s=14, color="#c33")
-        ax.add_patch(plt.matplotlib.patches.Ellipse((mx, my), *(4 * h["std"]).tolist(), fill=False, color="#c33"))
+        size = (4 * h["std"]).tolist()
+        ax.add_patch(plt.matplotlib.patches.Ellipse((mx, my), *size, fill=False, color="#c33"))
         ax.set(title=f"generation {g}", xlim=bounds, ylim=bounds, xticks=bounds, yticks=bounds)
     return fig
 
@@ -192,7 +194,7 @@ def draw_shots(task: Task,
                n: int,                 # how many
                seed: int = 0,          # which
                split: str = "train"    # never the one that is tested on
-              ) -> list[dict]: # the first n of one shuffled order: 3 shots are among the 5 and the 10
+              ) -> list[dict]:         # the first n of one shuffled order: 3 are among the 10
     "A few examples of a task"
     pool = task.examples(split)
     if n > len(pool):
@@ -206,10 +208,10 @@ class Shots:
     "A handful of solved examples against which whole populations of mixtures are marked"
     def __init__(self, model: nn.Module, tokenizer, task: Task,
                  shots: list[dict],              # n examples of the task
-                 tie: str = "gold",              # whose likelihood breaks ties: the "gold" answers', or
-                                                 # that of the candidate's "own" right answers
+                 tie: str = "gold",           # whose likelihood breaks ties: the "gold" answers'
+                                              # or that of the candidate's "own" right answers
                  max_new_tokens: int = None,     # None: the task's own
-                 batch_size: int = 512):         # rows (a candidate on a shot) that go through at once
+                 batch_size: int = 512):      # rows (a candidate on a shot) that go through at once
         check_shots(task, shots, tie)
         self.model, self.tokenizer, self.task, self.shots = model, tokenizer, task, shots
         self.tie, self.batch_size, self.rows, self.seen = tie, batch_size, 0, {}
@@ -220,8 +222,8 @@ class Shots:
         end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
         self.final = end != []                   # an answer says itself where it ends
         if tie == "gold":
-            said = [continuation(tokenizer, t, task.answer(e), self.eos) for t, e in zip(texts, shots)]
-            self.answers = [ids + end for ids in said]
+            gold = [(t, task.answer(e)) for t, e in zip(texts, shots)]
+            self.answers = [continuation(tokenizer, t, a, self.eos) + end for t, a in gold]
 
     def __len__(self): return len(self.shots)
 
@@ -234,7 +236,8 @@ def check_shots(task: Task, shots: list[dict], tie: str) -> None:
     "Shots that cannot be learned from, one line each"
     if tie not in ("gold", "own"): raise ValueError(f'tie={tie!r}: choose "gold" or "own"')
     if not shots:
-        raise ValueError("no shots: give at least one solved example of the task (the paper uses 3 to 20)")
+        raise ValueError("no shots: give at least one solved example of the task "
+                         "(the paper uses 3 to 20)")
     if tie == "own": return
     if task.answer is None:
         raise ValueError(f"task {task.name!r} has no `answer`, so its shots have no likelihood: "
@@ -242,13 +245,16 @@ def check_shots(task: Task, shots: list[dict], tie: str) -> None:
     for i, e in enumerate(shots):
         try: said = task.answer(e)
         except (KeyError, AttributeError): said = None
-        if not said: raise ValueError(f'shot {i} has no answer ({str(e)[:60]}): add one, or choose tie="own"')
+        if not said:
+            raise ValueError(f"shot {i} has no answer ({str(e)[:60]}): "
+                             f'add one, or choose tie="own"')
 
 # %% ../nbs/13_fewshot.ipynb #a48d8a3a
 class Marks(NamedTuple):
     "What every candidate did on every shot"
     correct: torch.Tensor # (P, n) bool: the greedy answer is right
-    logp: torch.Tensor    # (P, n) mean log-probability of a token: of the correct answer ("gold") or of its own ("own")
+    logp: torch.Tensor    # (P, n) mean log-probability of a token: of the correct answer ("gold")
+                          # or of its own ("own")
 
 # %% ../nbs/13_fewshot.ipynb #1b8309cf
 @torch.no_grad()
@@ -258,44 +264,53 @@ def mark(shots: Shots,
          form: str = "delta",       # "delta" | "sum", as in `mixture`
          only: list[int] = None     # these shots; None: all
         ) -> Marks:                 # correct (P, n), logp (P, n)
-    "Mark a whole population: row after row is one candidate on one shot, and every row has its own mixture"
+    "Mark a whole population: a row is one candidate on one shot, and has its own mixture"
     only = list(range(len(shots))) if only is None else list(only)
     P, n = len(weights), len(only)
     parts = []
     for rows in torch.arange(P * n).split(shots.batch_size):
         w, shot = weights[rows // n], [only[i] for i in (rows % n).tolist()]
-        parts.append(mark_rows(shots, shot, lambda some: mixture(shots.model, w[some], experts, form)))
+        answering = lambda some: mixture(shots.model, w[some], experts, form)
+        parts.append(mark_rows(shots, shot, answering))
     shots.rows += P * n
     return Marks(*(torch.cat(x).view(P, n) for x in zip(*parts)))
 
 # %% ../nbs/13_fewshot.ipynb #ea3fbb2e
 def mark_rows(s: Shots,
               shot: list[int],                          # B shot numbers
-              answering: Callable = lambda some: nullcontext() # row numbers -> context manager in which the model answers those rows
-             ) -> tuple[torch.Tensor, torch.Tensor]:    # (B,) correct, (B,) mean log-probability of a token
-    "One batch: read the correct answers, then let those rows write that would have written something else"
-    rest, correct, logp = torch.arange(len(shot)), torch.zeros(len(shot), dtype=torch.bool), torch.zeros(len(shot))
+              # row numbers -> context manager in which the model answers those rows
+              answering: Callable = lambda some: nullcontext()
+             ) -> tuple[torch.Tensor, torch.Tensor]: # (B,) correct, (B,) mean log-prob. of a token
+    "Read the correct answers, then let those rows write that would have written something else"
+    rest, logp = torch.arange(len(shot)), torch.zeros(len(shot))
+    correct = torch.zeros(len(shot), dtype=torch.bool)
     if s.tie == "gold":
         with answering(rest): logp, said = read_answers(s, shot)
-        correct = said & torch.tensor([said[j].item() and judged(s, i, s.task.answer(s.shots[i])) for j, i in enumerate(shot)])
+        right = [said[j].item() and judged(s, i, s.task.answer(s.shots[i]))
+                 for j, i in enumerate(shot)]
+        correct = said & torch.tensor(right)
         rest = (~said).nonzero()[:, 0]
     if len(rest):
         some = [shot[j] for j in rest]
         with answering(rest):
-            g = generate(s.model, s.tokenizer, [s.prompts[i] for i in some], s.max_new_tokens, temperature=0, batch_size=len(some), sort=False)
+            g = generate(s.model, s.tokenizer, [s.prompts[i] for i in some], s.max_new_tokens,
+                         temperature=0, batch_size=len(some), sort=False)
         correct[rest] = torch.tensor([judged(s, i, text) for i, text in zip(some, g.texts)])
         if s.tie == "own": logp = token_means(g.logprobs, g.completion_mask).float().cpu()
     return correct, logp
 
 # %% ../nbs/13_fewshot.ipynb #7a80f41f
-def read_answers(s: Shots, shot: list[int]) -> tuple[torch.Tensor, torch.Tensor]: # (B,) log-probability, (B,) bool
-    "One forward pass over the correct answers: how likely are they, and would greedy decoding have written them?"
+def read_answers(s: Shots, shot: list[int]
+                ) -> tuple[torch.Tensor, torch.Tensor]: # (B,) log-probability, (B,) bool
+    "How likely are the correct answers, and would greedy decoding have written them?"
     ids, mask = pad_left([s.prompts[i] for i in shot], s.pad, inner(s.model).device)
     T, M = pad_right([s.answers[i] for i in shot], s.pad, ids.device)
-    with undisturbed(s.model): logits = completion_logits(s.model, torch.cat([ids, T], 1), torch.cat([mask, M], 1), ids.shape[1])
+    both, seen = torch.cat([ids, T], 1), torch.cat([mask, M], 1)
+    with undisturbed(s.model): logits = completion_logits(s.model, both, seen, ids.shape[1])
     logp = logits.gather(-1, T[..., None])[..., 0] - logits.logsumexp(-1)
     same, n = (logits.argmax(-1) == T) | (M == 0), M.sum(1)
-    ends = n <= s.max_new_tokens if s.final else n == s.max_new_tokens   # else the greedy answer is shorter or longer than this one
+    # without a final token the greedy answer may be longer than this one, unless it is cut there
+    ends = n <= s.max_new_tokens if s.final else n == s.max_new_tokens
     return token_means(logp, M).cpu(), (same.all(1) & ends).cpu()
 
 # %% ../nbs/13_fewshot.ipynb #0432cc0c
@@ -324,7 +339,7 @@ def n_blocks(model: nn.Module) -> int:
     return len({block_index(n) for n in svf_layers(model)} - {None})
 
 def shape_of(model: nn.Module, K: int,
-             per_layer: "bool | str"  # False; True: for each block; "matrix": for each adapted matrix
+             per_layer: "bool | str"  # False; True: for each block; "matrix": for each matrix
             ) -> tuple:               # (K,) or (L, K)
     "The shape of a mixture's weights"
     if per_layer not in (False, True, "matrix"):
@@ -345,7 +360,7 @@ def alphas(x: torch.Tensor,          # (..., dim) what the search moves
 
 # %% ../nbs/13_fewshot.ipynb #3dfed223
 def corners(shape: tuple, form: str) -> torch.Tensor: # (S, dim)
-    "Mixtures worth a try before any search: each expert alone, and the base where zeros mean the base"
+    "Worth a try before any search: each expert alone, and the base where zeros mean the base"
     K = shape[-1]
     rows = torch.eye(K) if form == "sum" else torch.cat([torch.eye(K), torch.zeros(1, K)])
     return rows[:, None].expand(-1, math.prod(shape) // K, -1).reshape(len(rows), -1)
@@ -363,12 +378,12 @@ class FewShot:
     def __init__(self, model: nn.Module, tokenizer, task: Task,
                  shots: "list[dict] | Shots",   # solved examples of the task
                  experts: list[str] = None,     # None: all SVF adapters
-                 per_layer: "bool | str" = False, # True: weights for each block; "matrix": each matrix
+                 per_layer: "bool | str" = False, # True: for each block; "matrix": each matrix
                  normalise: bool = False,       # make the weights sum to 1
-                 form: str = "delta",           # "delta": 1 + sum a (z - 1); "sum": sum a z, the paper's
-                 take: str = "best",            # the "best" candidate seen, or the "mean" at the end
-                 warm: bool = True,             # let the search try the base and single experts first
-                 even: bool = False,            # start the search at 1 / K for every expert (official)
+                 form: str = "delta",           # "delta": 1 + sum a (z - 1); "sum": sum a z (paper)
+                 take: str = "best",            # the "best" candidate seen, or the last "mean"
+                 warm: bool = True,             # try the base and single experts first
+                 even: bool = False,            # start at 1 / K for every expert (official)
                  only: list[int] = None,        # fit on these shots only; None: all
                  tie: str = "gold", max_new_tokens: int = None, batch_size: int = 512, # of `Shots`
                  **search):                     # of `Search`, and `progress`
@@ -398,12 +413,14 @@ OFFICIAL = OFFICIAL_SEARCH | dict(form="sum", per_layer="matrix", normalise=Fals
 
 # %% ../nbs/13_fewshot.ipynb #b47f8c1b
 def show_progress(found: Found, axes=None): # two matplotlib axes; None makes new ones
-    "Accuracy of the best and the average candidate, and the widths of the search distribution, generation by generation"
+    "Accuracy of the best and the average candidate, and the search's widths, by generation"
     import matplotlib.pyplot as plt
     axes = plt.subplots(1, 2, figsize=(7, 2.3))[1] if axes is None else axes
     first = [h["scores"][:, 0] for h in found.history]
-    axes[0].plot([s.max() for s in first], label="best"); axes[0].plot([s.mean() for s in first], label="mean of the population")
-    axes[0].set(xlabel="generation", ylabel="few-shot accuracy", ylim=(0, 1.05)); axes[0].legend(frameon=False)
+    axes[0].plot([s.max() for s in first], label="best")
+    axes[0].plot([s.mean() for s in first], label="mean of the population")
+    axes[0].set(xlabel="generation", ylabel="few-shot accuracy", ylim=(0, 1.05))
+    axes[0].legend(frameon=False)
     axes[1].plot(torch.stack([h["std"] for h in found.history]))
     axes[1].set(xlabel="generation", ylabel="std of each weight", ylim=(0, None))
     return axes
@@ -421,7 +438,8 @@ def evens(K: int, scales: list[float] = None # None: 0.1, 0.2, ..., 1
     s = torch.linspace(.1, 1, 10) if scales is None else torch.tensor(scales, dtype=torch.float32)
     return s[:, None].expand(-1, K).clone()
 
-def random_mixtures(K: int, n: int, bounds: tuple = (0., 1.), seed: int = 0) -> torch.Tensor: # (n, K)
+def random_mixtures(K: int, n: int, bounds: tuple = (0., 1.), seed: int = 0
+                   ) -> torch.Tensor:        # (n, K)
     "Mixtures drawn evenly between the bounds"
     low, high = bounds
     return low + (high - low) * torch.rand(n, K, generator=torch.Generator().manual_seed(seed))
@@ -465,11 +483,12 @@ def in_context(task: Task, shots: list[dict],
             said = (f"{task.prompt(s)}{after}{task.answer(s)}{between}" for s in shots)
             return "".join(said) + prompt
         first = prompt[:1] if prompt[0]["role"] == "system" else []
-        turns = [m for s in shots for m in (*bare(task.prompt(s)), answer_turn(task, s))]
-        return [*first, *turns, *bare(prompt)]
+        turns = [m for s in shots for m in (*no_system(task.prompt(s)), answer_turn(task, s))]
+        return [*first, *turns, *no_system(prompt)]
     return replace(task, prompt=shown)
 
-def bare(messages: list[dict]) -> list[dict]: return [m for m in messages if m["role"] != "system"]
+def no_system(messages: list[dict]) -> list[dict]:
+    return [m for m in messages if m["role"] != "system"]
 
 def answer_turn(task: Task, example: dict) -> dict:
     return dict(role="assistant", content=task.answer(example))
@@ -504,7 +523,7 @@ def select(model: nn.Module, tokenizer, task: Task, shots: "list[dict] | Shots",
            seed: int = 0,                  # of the folds and of every search
            tie: str = "gold", max_new_tokens: int = None, batch_size: int = 512, # of `Shots`
            **search                        # of FewShot and `Search`
-          ) -> FewShot: # fitted on all shots; `.variant`, and `.validation` {name: (accuracy, logp)}
+          ) -> FewShot: # fitted on all shots; .variant, and .validation {name: (accuracy, logp)}
     "Choose a variant on held-back shots, then fit it on all of them"
     shots = shots_of(model, tokenizer, task, shots, tie, max_new_tokens, batch_size)
     among, hands = variants() if among is None else among, folds(len(shots), k, seed)
@@ -539,9 +558,13 @@ def show_alphas(found: dict,         # {task: weights, (K,) or (L, K), or {exper
     "Bars of mixture shares, a group for each task, as in the paper's Figure 7"
     import matplotlib.pyplot as plt
     experts = experts or list(next(iter(found.values())))
-    rows = torch.stack([shares(list(w.values()) if isinstance(w, dict) else w) for w in found.values()])
+    weights = [list(w.values()) if isinstance(w, dict) else w for w in found.values()]
+    rows = torch.stack([shares(w) for w in weights])
     ax, K = ax or plt.subplots(figsize=(1.5 + 1.2 * len(found), 2.3))[1], len(experts)
-    for k, name in enumerate(experts): ax.bar(torch.arange(len(found)) + (k - (K - 1) / 2) * .8 / K, rows[:, k], .75 / K, label=name)
-    ax.set(xticks=range(len(found)), xticklabels=list(found), ylabel="share of the mixture", ylim=(0, 1), title=title)
+    for k, name in enumerate(experts):
+        at = torch.arange(len(found)) + (k - (K - 1) / 2) * .8 / K
+        ax.bar(at, rows[:, k], .75 / K, label=name)
+    ax.set(xticks=range(len(found)), xticklabels=list(found), ylabel="share of the mixture",
+           ylim=(0, 1), title=title)
     ax.legend(frameon=False, fontsize=8)
     return ax
