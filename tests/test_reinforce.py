@@ -307,3 +307,9 @@ def test_auto_resumes_bit_for_bit(tmp_path):
     assert metrics(tmp_path / "cut") == metrics(tmp_path / "whole")
     same(adapter(tmp_path / "cut" / "last"), adapter(tmp_path / "whole" / "last"))
     assert all(m["step_kl"] <= 1.5 * .004 for m in whole.metrics[1:]) and len({m["lr"] for m in whole.metrics[1:]}) < 4
+
+
+def test_a_step_whose_kl_is_rounded_below_zero_stays(monkeypatch, tmp_path):
+    monkeypatch.setattr(reinforce, "moved", lambda run, before: -1e-10)
+    history = train(tmp_path / "run", lr="auto", steps=2)
+    assert [m["step_kl"] for m in history.metrics[1:]] == [0., 0.]

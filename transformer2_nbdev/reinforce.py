@@ -185,7 +185,7 @@ class ReinforceConfig(AskConfig, ObjectiveConfig):
 
 PAPER = dict(batch_size=256, lr=2e-3, max_grad_norm=1e-3, kl=0.1, schedule="cosine",
              advantage="none")
-OFFICIAL = PAPER | dict(kl=0., kl_of="base", schedule="constant", temperature=0.)
+OFFICIAL = PAPER | dict(kl=0., kl_of="base", kl_path=False, schedule="constant", temperature=0.)
 
 # %% ../nbs/09_reinforce.ipynb #0ae8cc60
 CHOICES = dict(schedule=("cosine", "constant"), kl_of=("policy", "base"),
@@ -582,7 +582,7 @@ def trusted(run: Run, guess: float = 1e-3 # the first rate that is tried
     first, lr = run.rate is None, adam(run, (run.rate or guess) * share)
     step = {n: p.detach() - before[n] for n, p in run.params.items()}
     for _ in range(8):
-        kl = moved(run, before)
+        kl = max(moved(run, before), 0.) # a tiny one can be rounded below 0
         low = c.step_kl / 2 if first and kl > 1e-9 else 0.      # a step that does nothing stays
         if low <= kl <= 1.5 * c.step_kl: break
         scale = min(max(math.sqrt(c.step_kl / kl), .1), 30.) if math.isfinite(kl) else .1
