@@ -2,7 +2,7 @@
 
 Base A with its shipped experts of math, code and logic answers 1,002 test questions of each unseen task and of code+math, greedily, as
 
-    base, each expert, and the oracle (the expert of the task's own skill)
+    base, each expert, and `told` (the expert of the task's own skill)
     prompt and classifier dispatch, each by writing a label and by comparing labels; their labels on trained and unseen tasks are counted too
     for each of three draws of ten shots: the best single expert and the best scaled single expert on those shots, every variant of the few-shot
     search, and the variant that two-fold cross-validation on the shots prefers (`select` with k=2)
@@ -57,7 +57,7 @@ def whole(work, name):
     rows = {"base": fixed([0.] * 3, EXPERTS)} | {f"{e} expert": fixed({e: 1.}) for e in EXPERTS} | dispatchers()
     out = {k: work.do(f"{name}_{k}", lambda: answered(name, s)) for k, s in rows.items()}
     skill = lab.KINDS[name].label
-    return out | ({"oracle": out[f"{skill} expert"]} if skill else {})
+    return out | ({"told": out[f"{skill} expert"]} if skill else {})
 
 
 def row(name, strategy, **kw):

@@ -1,21 +1,30 @@
 """What each departure of the official code changes in the lab: `python benchmarks/paper_departures.py`.
 
-On lab base A, seeds 0, 1 and 2, greedy answers to whole test splits (1,002 questions), each row kept question by question so that any two can be paired:
+On lab base A, the expert of `math`. The reference is `ReinforceConfig.paper()` at the lab's scale: 20 steps of 64 rollouts and a rate chosen for it;
+every other field is the paper's. Greedy answers, kept question by question so that any two can be paired: to the first 501 questions of a test split in the
+verdicts, to all 1,002 elsewhere.
 
-    loop    an expert of `math`, 30 steps of 128 rollouts: as the paper describes it (with a reward baseline), and after one change at a time toward
-            the code (which numbers are learned and where, greedy rollouts, no baseline, no cosine, no KL term, the reversed KL), then all of them
-    start   the code's starting point, before any training
-    mixer   the official mixer (raw p) and ours (effective z) with one expert and with two, of `math` and `code`
+    tune    every variant at three rates, twice apart, on the 223 validation prompts, seeds 0 and 1; while the best is the lowest or the highest rate,
+            one more beyond it, five at most. The rate is the one with most right answers; of equals the lowest
+    verdict the variant at its own rate, seeds 2 to 6, on the test questions of math (what it learns) and code (what it forgets)
+
+and with what needs no rate of its own, seeds 0, 1 and 2:
+
+    mixer   the official mixer (raw p) and ours (effective z) with one expert and with two, of `math` and `code`, which learned much: 30 steps of 128 rollouts
+            with batch advantages, 2e-2 on p
     dose    the official mixer on experts that have learned less: 0.1 + c (p - 0.1)
+    bf16    U, S and V kept in bfloat16
+    start   the code's starting point, before any training
     other   "other" answered by the expert loaded last, or by the base, for two ways to classify and two orders of the prompts
     leak    a classifier trained on its test prompts, and one trained on others
-    bf16    U, S and V kept in bfloat16
 
-The last step of a run is kept: training is compared, not selection. Learning rates are 1e-2 on z and 2e-2 on p, which moves sigmoid(p) by as much;
-the paper's 2e-3 and clipping at 1e-3 move nothing in so few steps. Interrupted, it goes on from the record it has written so far.
+Variants, rates, seeds and the rule that chooses were fixed before any test question was asked. The last step of a run is kept: training is compared, not
+selection. Rates are for z; where p is learned they are doubled, which moves sigmoid(p) by as much. Interrupted, it goes on from the record written so far; two
+processes may share one record. More verdict seeds later: `--seeds 2 3 4 5 6 7 8`.
 """
-import argparse, json, platform, random, time
-from dataclasses import replace
+import argparse, fcntl, json, platform, random, time
+from contextlib import contextmanager
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 
 import peft, torch, transformers
@@ -31,24 +40,33 @@ from transformer2_nbdev.prompt import Dispatch
 from transformer2_nbdev.reinforce import ReinforceConfig, train_expert
 from transformer2_nbdev.svf import compose
 
-SEEDS = (0, 1, 2)
+SEEDS = (0, 1, 2)                                                              # of all but the verdicts and their tuning
+TUNE_SEEDS, VERDICT_SEEDS = (0, 1), (2, 3, 4, 5, 6)
+SCALE = dict(steps=20, batch_size=64, val_every=0, val_limit=1)                # all that differs from ReinforceConfig.paper(), beside lr and seed
+RATES, MOST = (1e-2, 2e-2, 4e-2), 5                                            # for z; how many rates are tried at most
 SIGMOID = dict(parametrization="sigmoid", preserve_nuclear_norm=True)
-PAPER = dict(steps=30, batch_size=128, rollout_batch=128, lr=1e-2, schedule="cosine", kl=0.1, kl_of="policy", temperature=1., advantage="batch")
-CODE = dict(temperature=0., advantage="none", schedule="constant", kl=0., kl_of="base")
-VARIANTS = {                                                                  # name: (fields of SvfConfig, fields of ReinforceConfig)
+MLP = dict(target_modules="mlp")
+BACKWARD = dict(kl_of="base", kl_path=False)                                   # the code differentiates the divergence along the answer, not its choice
+VARIANTS = {                                                                   # name: (fields of SvfConfig, fields of ReinforceConfig)
     "paper":             ({}, {}),
-    "MLP only":          (dict(target_modules="mlp"), {}),
-    "sigmoid":           (SIGMOID, dict(lr=2e-2)),
-    "sigmoid, MLP only": (SIGMOID | dict(target_modules="mlp"), dict(lr=2e-2)),
+    "MLP only":          (MLP, {}),
+    "attention only":    (dict(target_modules="attention"), {}),
+    "sigmoid":           (SIGMOID, {}),
+    "sigmoid, MLP only": (SIGMOID | MLP, {}),
     "greedy":            ({}, dict(temperature=0.)),
-    "no baseline":       ({}, dict(advantage="none")),
     "no cosine":         ({}, dict(schedule="constant")),
     "no KL":             ({}, dict(kl=0.)),
-    "reversed KL":       ({}, dict(kl_of="base")),
-    "code":              (SIGMOID | dict(target_modules="mlp", init_std=1e-2), CODE | dict(lr=2e-2))}
+    "reversed KL":       ({}, BACKWARD),
+    "code":              (SIGMOID | MLP | dict(init_std=1e-2), dict(temperature=0., schedule="constant", kl=0.) | BACKWARD),
+    "code, raw mixer":   (SIGMOID | MLP | dict(init_std=1e-2), dict(temperature=0., schedule="constant", kl=0.) | BACKWARD),
+    "batch advantage":   ({}, dict(advantage="batch")),                        # an option of the code, off by default: no departure
+    "4 samples":         ({}, dict(samples=4))}                                # of 16 prompts instead of one of 64: no departure either
+MIXED = dict(steps=30, batch_size=128, rollout_batch=128, lr=2e-2, schedule="cosine", kl=0.1, advantage="batch")
+LEAK = MIXED | dict(steps=10, batch_size=64, lr=1e-2)
 SKILLS = ("math", "code", "logic")
 ASKED = dict(ask=lambda p: f"{p} which skill ?", say=lambda label: f"\\boxed{{ {label} }}", other="other", max_new_tokens=4)
-PARTS = ("base", "start", "loop", "mixer", "dose", "other", "leak", "bf16")
+N_TEST = 501
+PARTS = ("tune", "verdict", "mixer", "dose", "bf16", "start", "other", "leak")
 
 
 def bits(right) -> str: return f"{int('1' + ''.join(str(int(r)) for r in right), 2):x}" # a leading 1 keeps the zeros
@@ -60,30 +78,70 @@ def against(base: list, right: list) -> dict:
     gained, lost = (sum(x and not y for x, y in zip(*two)) for two in ((right, base), (base, right)))
     return dict(correct=sum(right), n=len(right), gained=gained, lost=lost, p=float(f"{mcnemar(gained, lost):.3g}"), right=bits(right))
 
-def score(model, task, strategy=None, split="test") -> list:
-    return [i["correct"] for i in evaluate(model, TOK, task, strategy, split=split, batch_size=334, progress=False).items]
+def score(model, task, strategy=None, split="test", limit=None) -> list:
+    return [i["correct"] for i in evaluate(model, TOK, task, strategy, split=split, limit=limit, batch_size=334, progress=False).items]
 
-def train(svf: dict, task, seed: int, **kw):
+def half(model, task, strategy=None) -> list: return score(model, task, strategy, limit=N_TEST)
+
+def train(svf: dict, task, **kw): # kw: fields of ReinforceConfig, the seed among them
     "(model with the last step's expert, metrics)"
-    torch.manual_seed(seed)
+    torch.manual_seed(kw["seed"])
     model, steps = get_peft_model(lab.load("A")[0], SvfConfig(**svf)), iter(range(10 ** 6))
-    config = ReinforceConfig(**PAPER | dict(val_every=0, val_limit=1, seed=seed) | kw)
+    config = ReinforceConfig(**dict(val_every=0, val_limit=1) | kw)
     history = train_expert(model, TOK, task, config, eval_fn=lambda model, tok: next(steps), progress=False)
     return model.eval(), history.metrics[1:]
 
+
+def reference(**kw) -> dict: # fields of ReinforceConfig
+    "The paper's loop at the lab's scale"
+    return asdict(ReinforceConfig.paper(**SCALE | kw))
+
+def grid(name) -> list:
+    "The first three rates of a variant: doubled for p, and a twentieth for the mixer that multiplies what was learned by twenty"
+    factor = 2 if VARIANTS[name][0].get("parametrization") else 1
+    return [r * factor / (20 if "mixer" in name else 1) for r in RATES]
+
+def surface(done, name) -> dict: # {rate: right answers on validation, seed by seed}, of the rates that are done
+    "What the tuning of a variant has found so far"
+    found = {}
+    for k, v in done.items():
+        if k.startswith(f"tune/{name}/"): found.setdefault(float(k.split("/")[2]), {})[int(k.split("/")[3])] = v["correct"]
+    return {r: [c[s] for s in TUNE_SEEDS] for r, c in sorted(found.items()) if set(c) >= set(TUNE_SEEDS)}
+
+def best_rate(found: dict) -> float: return max(found, key=lambda r: (sum(found[r]), -r))
+
+def wanted(done, name) -> list: # rates still to try
+    "The first three, then one beyond the best while that is at an end"
+    found = surface(done, name)
+    if first := [r for r in grid(name) if float(f"{r:g}") not in found]: return first
+    best, low, high = best_rate(found), min(found), max(found)
+    if len(found) == MOST or low < best < high: return []
+    return [low / 2 if best == low else high * 2]
+
+def tuned(done, name) -> float: return best_rate(surface(done, name))
+
+def run(done, name, rate, seed):
+    "(model, metrics): a variant trained; with the raw mixer, the weights which that makes of it"
+    svf, kw = VARIANTS[name]
+    model, metrics = train(svf, TASKS["math"], **reference(lr=rate, seed=seed) | kw)
+    return (raw_mixer(model, dict(default=1.)) if "mixer" in name else model), metrics
+
+def tune(done, name, rate, seed) -> dict:
+    model, metrics = run(done, name, rate, seed)
+    right = score(model, TASKS["math"], split="validation")
+    return dict(correct=sum(right), n=len(right), reward=round(metrics[-1]["reward"], 4), kl=round(metrics[-1]["kl"], 4))
+
+def verdict(done, name, seed) -> dict:
+    rate = tuned(done, name)
+    model, metrics = run(done, name, rate, seed)
+    return dict(lr=rate, reward=[round(m["reward"], 4) for m in metrics], kl=round(metrics[-1]["kl"], 4),
+                tasks={t: against(base_of(done, t, N_TEST), half(model, TASKS[t])) for t in ("math", "code")})
 
 def base_scores(done) -> dict:
     model = lab.load("A")[0]
     return {t: dict(correct=sum(r), n=len(r), right=bits(r)) for t in (*SKILLS, "copy", "cls") for r in [score(model, TASKS[t])]}
 
-def base_of(done, task) -> list: return unbits(done["base"][task]["right"])
-
-def loop(done, name, seed) -> dict:
-    svf, kw = VARIANTS[name]
-    model, metrics = train(svf, TASKS["math"], seed, **kw)
-    if name == "sigmoid, MLP only": export_official(model, WORK / f"math-{seed}")
-    return dict(reward=[round(m["reward"], 4) for m in metrics], kl=round(metrics[-1]["kl"], 4),
-                tasks={t: against(base_of(done, t), score(model, TASKS[t])) for t in ("math", "code")})
+def base_of(done, task, n=1002) -> list: return unbits(done["base"][task]["right"])[:n]
 
 def start(done, std, seed) -> dict:
     torch.manual_seed(seed)
@@ -100,12 +158,16 @@ def raw_mixer(model, alphas: dict):
         weight.data = compose(weight.data, raw * S.sum() / (S * raw).sum(), layer.svf_Q)
     return bare
 
+def expert(task, seed) -> Path:
+    "An expert of the sigmoid on the MLP that has learned much, in the official format"
+    folder = WORK / f"{task}-{seed}"
+    if not folder.is_dir(): export_official(train(SIGMOID | MLP, TASKS[task], seed=seed, **MIXED)[0], folder)
+    return folder
+
 def mixer(done, seed) -> dict:
     "Two experts through the official files, mixed in both ways"
-    if not (WORK / f"code-{seed}").is_dir():
-        export_official(train(SIGMOID | dict(target_modules="mlp"), TASKS["code"], seed, lr=2e-2)[0], WORK / f"code-{seed}")
-    model = load_official(WORK / f"math-{seed}", lab.load("A")[0], "math")
-    model = load_official(WORK / f"code-{seed}", model, "code").eval()
+    model = load_official(expert("math", seed), lab.load("A")[0], "math")
+    model = load_official(expert("code", seed), model, "code").eval()
     out = {}
     for weights in ((1., 0.), (0., 1.), (.5, .5)):
         alphas = dict(zip(("math", "code"), weights))
@@ -113,7 +175,7 @@ def mixer(done, seed) -> dict:
         for t in ("math", "code"):
             ours, theirs = score(model, TASKS[t], fixed(alphas, form="sum")), score(bare, TASKS[t])
             out[f"{weights[0]:g} math + {weights[1]:g} code, {t}"] = dict(ours=against(base_of(done, t), ours), theirs=against(ours, theirs))
-    if seed == 0: # enough to mix them again
+    if seed == SEEDS[0]: # enough to mix them again
         out["experts"] = {e: {n: [float(f"{x:.4g}") for x in l.svf_d[e].tolist()] for n, l in svf_layers(model).items()} for e in ("math", "code")}
     return out
 
@@ -121,7 +183,7 @@ def mixer(done, seed) -> dict:
 @torch.no_grad()
 def dose(done, seed) -> dict:
     "The math expert at a share c of what it has learned, alone in each mixer"
-    model, out = load_official(WORK / f"math-{seed}", lab.load("A")[0], "math").eval(), {}
+    model, out = load_official(expert("math", seed), lab.load("A")[0], "math").eval(), {}
     learned = {n: l.svf_d["math"] - 0.1 for n, l in svf_layers(model).items()}
     for c in (.05, .1, .2, .5):
         for n, l in svf_layers(model).items(): l.svf_d["math"].copy_(0.1 + c * learned[n])
@@ -160,7 +222,7 @@ def leak(done, n, split, seed) -> dict:
     examples = list(TASKS["cls"].examples(split))
     rows = random.Random(seed).sample(range(len(examples)), n) if n else range(len(examples))
     task = replace(TASKS["cls"], examples=lambda s: [examples[i] for i in rows] if s == "train" else TASKS["cls"].examples(s))
-    model, _ = train({}, task, seed, steps=10, batch_size=64)
+    model, _ = train({}, task, seed=seed, **LEAK)
     return against(base_of(done, "cls"), score(model, TASKS["cls"])) | dict(seen=list(rows) if n and split == "test" else None)
 
 
@@ -178,50 +240,70 @@ def bf16(done) -> dict:
         if isinstance(m, torch.nn.Linear) and ".mlp." in name:
             W = half_factors(m.weight); errors.append(((W - m.weight).norm() / m.weight.norm()).item()); m.weight.data = W
     out = dict(error=[round(e, 6) for e in errors], base={t: against(base_of(done, t), score(model, TASKS[t])) for t in SKILLS}, expert={})
-    for folder in sorted(WORK.glob("math-*")):
-        expert, bare = load_official(folder, lab.load("A")[0]).eval(), lab.load("A")[0]
-        exact = score(expert, TASKS["math"])
-        for name, layer in svf_layers(expert).items():
+    for seed in SEEDS:
+        one, bare = load_official(expert("math", seed), lab.load("A")[0]).eval(), lab.load("A")[0]
+        exact = score(one, TASKS["math"])
+        for name, layer in svf_layers(one).items():
             m = bare.get_submodule(name)
             m.weight.data = half_factors(m.weight, layer.svf_d["default"].sigmoid())
-        out["expert"][folder.name.split("-")[1]] = against(exact, score(bare, TASKS["math"]))
+        out["expert"][str(seed)] = against(exact, score(bare, TASKS["math"]))
     return out
 
 
-def pieces(parts, seeds) -> dict: # {name: function of what is done}
-    "Everything to do, what others need first"
+def pieces(done, parts, names, seeds) -> dict: # {name: function of what is done}
+    "What can be done now, what others need first"
     todo = dict(base=base_scores)
-    todo |= {f"start/{std:g}/{s}": (lambda d, std=std, s=s: start(d, std, s)) for std in (1e-3, 1e-2) for s in seeds}
-    first = "sigmoid, MLP only" # its experts serve the mixer and bf16
-    runs = {v: {f"loop/{v}/{s}": (lambda d, v=v, s=s: loop(d, v, s)) for s in seeds} for v in VARIANTS}
-    todo |= runs.pop(first)
-    todo |= {f"mixer/{s}": (lambda d, s=s: mixer(d, s)) for s in seeds}
-    todo |= {f"dose/{s}": (lambda d, s=s: dose(d, s)) for s in seeds}
-    todo |= dict(other=other, bf16=bf16)
-    todo |= {f"leak/{n or 'all'}/{split}/{s}": (lambda d, n=n, split=split, s=s: leak(d, n, split, s)) for n in (16, None) for split in ("train", "test") for s in seeds}
-    for three in runs.values(): todo |= three
-    return {k: f for k, f in todo.items() if k == "base" or k.split("/")[0] in parts}
+    for v in names:
+        todo |= {f"tune/{v}/{r:g}/{s}": (lambda d, v=v, r=r, s=s: tune(d, v, r, s)) for r in wanted(done, v) for s in TUNE_SEEDS}
+        if not wanted(done, v): todo |= {f"verdict/{v}/{s}": (lambda d, v=v, s=s: verdict(d, v, s)) for s in seeds}
+    todo |= {f"{kind.__name__}/{s}": (lambda d, kind=kind, s=s: kind(d, s)) for kind in (mixer, dose) for s in SEEDS} | dict(bf16=bf16)
+    todo |= {f"start/{std:g}/{s}": (lambda d, std=std, s=s: start(d, std, s)) for std in (1e-3, 1e-2) for s in SEEDS}
+    todo |= dict(other=other)
+    todo |= {f"leak/{n or 'all'}/{split}/{s}": (lambda d, n=n, split=split, s=s: leak(d, n, split, s)) for n in (16, None) for split in ("train", "test") for s in SEEDS}
+    return {k: f for k, f in todo.items() if k not in done and (k == "base" or k.split("/")[0] in parts)}
+
+@contextmanager
+def shared(path: Path):
+    "The record as it is now, for one process at a time; written back afterwards"
+    WORK.mkdir(parents=True, exist_ok=True)
+    with open(WORK / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        record = json.loads(path.read_text()) if path.is_file() else dict(seconds=0, pieces={})
+        yield record
+        write_atomic(path, json.dumps(record) + "\n")
+
+def describe(record) -> None:
+    "What was done, beside the results"
+    done, config = record["pieces"], ReinforceConfig.paper()
+    scale = {f.name: getattr(config, f.name) for f in fields(config) if f.name in SCALE}
+    record |= dict(command="python benchmarks/paper_departures.py", base="A", reference=reference(lr=RATES[0]), paper_scale=scale,
+                   seeds=dict(tune=TUNE_SEEDS, rest=SEEDS), variants={k: dict(svf=s, reinforce=r) for k, (s, r) in VARIANTS.items()},
+                   surface={v: {f"{r:g}": c for r, c in surface(done, v).items()} for v in VARIANTS}, n_validation=223, n_test=N_TEST,
+                   processor=platform.processor() or platform.machine(), threads=1,
+                   versions=dict(python=platform.python_version(), torch=torch.__version__, transformers=transformers.__version__, peft=peft.__version__))
 
 def main(a):
     torch.set_num_threads(1)
-    record = json.loads(a.out.read_text()) if a.out.is_file() else dict(seconds=0, pieces={})
-    record |= dict(command="python benchmarks/paper_departures.py", base="A", seeds=list(a.seeds), paper=PAPER, variants={k: dict(svf=s, reinforce=r) for k, (s, r) in VARIANTS.items()},
-                   processor=platform.processor() or platform.machine(), threads=1,
-                   versions=dict(python=platform.python_version(), torch=torch.__version__, transformers=transformers.__version__, peft=peft.__version__))
-    for name, make in pieces(a.parts, a.seeds).items():
-        if name in record["pieces"]: continue
-        began = time.perf_counter()
-        record["pieces"][name] = make(record["pieces"])
-        took = time.perf_counter() - began
-        record["seconds"] = round(record["seconds"] + took)
-        write_atomic(a.out, json.dumps(record) + "\n")
-        print(f"{time.strftime('%H:%M:%S')} {name} {took:.0f} s {json.dumps(record['pieces'][name])[:160]}", flush=True)
+    began = time.perf_counter()
+    while time.perf_counter() - began < a.minutes * 60:
+        with shared(a.out) as record: done = record["pieces"]
+        if not (todo := pieces(done, a.parts, a.variants, a.seeds)): break
+        name, start = next(iter(todo)), time.process_time()
+        made = todo[name](done)
+        took = time.process_time() - start
+        with shared(a.out) as record:
+            record["pieces"][name] = made
+            record["seconds"] = round(record["seconds"] + took)
+            describe(record)
+        print(f"{time.strftime('%H:%M:%S')} {name} {took:.0f} s {json.dumps(made)[:160]}", flush=True)
 
 
 if __name__ == "__main__":
     parse = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parse.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
-    parse.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS))
+    parse.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
+    parse.add_argument("--seeds", type=int, nargs="+", default=list(VERDICT_SEEDS), help="of the verdicts")
+    parse.add_argument("--minutes", type=float, default=float("inf"), help="begin nothing new after so long")
     parse.add_argument("--work", type=Path, default=Path("runs/paper-departures"), help="folder for the experts, in the official format")
     parse.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "paper-departures.json")
     a = parse.parse_args()

@@ -4,19 +4,19 @@ from itertools import groupby
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
-from reader import ROOT, reference, rooms, settings
+from reader import ROOT, reference, rooms, settings, tutorials
 
-s, book = settings(), rooms()
+s, book, lessons = settings(), rooms(), tutorials()
 project, author, version = s["title"], s["author"], s["version"]
 release, copyright, language = version, s["copyright"], "en"
 
 extensions = ["myst_nb", "sphinx-mathjax-offline"]
 root_doc = "index"
-include_patterns = ["index.ipynb", "nbs/[0-9][0-9]_*.ipynb", "docs/reference.md", "CONTRIBUTING.md"]
+include_patterns = ["index.ipynb", "nbs/[0-9][0-9]_*.ipynb", "nbs/tutorials/[0-9]_*.ipynb", "docs/reference.md", "CONTRIBUTING.md"]
 source_suffix = {".ipynb": "myst-nb", ".md": "myst-nb"}
 templates_path = ["_templates"]
 
-nb_custom_formats = {f"{doc}.ipynb": ["reader.read", {"path": doc}, False] for doc in ["index"] + [r.doc for r in book]}
+nb_custom_formats = {f"{doc}.ipynb": ["reader.read", {"path": doc}, False] for doc in ["index"] + [r.doc for r in book + lessons]}
 nb_execution_mode = "off"
 nb_merge_streams = True
 nb_number_source_lines = False
@@ -36,8 +36,9 @@ html_sidebars = {"**": ["navbar-logo.html", "search-button-field.html", "rooms.h
 html_context = {
     "default_mode": "auto",             # dark where the reader's system is
     "book_address": s["doc_host"] + s["doc_baseurl"],
-    "book_about": {r.doc: re.sub(r"[$*`\\]", "", r.subtitle) for r in book},
+    "book_about": {r.doc: re.sub(r"[$*`\\]", "", r.subtitle) for r in book + lessons},
     "book_description": s["description"],
+    "book_tutorials": lessons,
     "book_parts": [(part, list(group)) for part, group in groupby(book, lambda r: r.part)],
 }
 html_theme_options = {

@@ -16,7 +16,8 @@ ROOT = Path(__file__).resolve().parent.parent
 
 RE_DIRECTIVE = re.compile(r"^[ \t]*#\|[ \t]*([\w-]+)[ \t]*:?[ \t]*(.*?)[ \t]*$", re.M)
 RE_CALLOUT = re.compile(r"""^(:{3,})[ ]*\{\.callout-(\w+)(?:[ ]+title=["'](.*?)["'])?[^}\n]*\}[ ]*\n(?:\s*\#+ (.+)\n)?""", re.M)
-RE_ROOM_LINK = re.compile(r"\[([^\]]+)\]\((?:\.\./|nbs/|\./)*((?:\d\d_\w+|index)\.ipynb)(#[\w-]+)?\)")
+RE_ROOM_LINK = re.compile(r"\[([^\]]+)\]\(((?:\.\./|nbs/|\./|tutorials/)*)((?:\d+_\w+|index)\.ipynb)(#[\w-]+)?\)")
+RE_BADGE = re.compile(r"^\[!\[Open in Colab\]\([^)]*\)\]\(([^)]*)\)\n*", re.M)
 RE_PAPER = re.compile(r"^(?=>[^\n]{0,40}\bpaper\b)", re.I | re.M)
 RE_NAME = re.compile(r"(?<![\[`\w])`(?:transformer2_nbdev\.)?([A-Za-z_][\w.]*)(\(\))?`(?![\]`])")
 
@@ -123,13 +124,18 @@ def read_room(path: Path) -> Room:
     prose = "\n\n".join(s for s, c in zip(source, cells) if c["cell_type"] == "markdown")
     module = next((m[1] for s in source if (m := re.search(r"^#\|\s*default_exp\s+(\S+)", s, re.M))), "")
     title, quote = re.search(r"^# (.+)$", prose, re.M), re.search(r"^> (.+(?:\n> .+)*)", prose, re.M)
-    return Room(path, int(path.name[:2]), module, title[1].strip() if title else path.stem,
+    return Room(path, int(path.name.split("_")[0]), module, title[1].strip() if title else path.stem,
                 re.sub(r"\n> ", " ", quote[1]).strip().rstrip(".") if quote else "", exports(cells, module))
 
 
 def rooms() -> list:
     "The rooms that exist, in reading order."
     return [read_room(p) for p in sorted((ROOT / "nbs").glob("[0-9][0-9]_*.ipynb"))]
+
+
+def tutorials() -> list:
+    "The tutorials, in reading order: rooms without a module and without a part."
+    return [read_room(p) for p in sorted((ROOT / "nbs" / "tutorials").glob("[0-9]_*.ipynb"))]
 
 
 # --- prose
@@ -166,10 +172,11 @@ def callout(m) -> str:
 
 def markdown(text: str, room: Room, known: dict) -> str:
     "A markdown cell in MyST: callouts, the paper's voice, links to rooms that exist and to names."
-    here = "" if room else "nbs/"
+    here, folder = "" if room else "nbs/", room.path.parent if room else ROOT
     def room_link(m):
-        if m[2] == "index.ipynb": return f"[{m[1]}]({'../' if room else ''}index.ipynb{m[3] or ''})"
-        return f"[{m[1]}]({here}{m[2]}{m[3] or ''})" if (ROOT / "nbs" / m[2]).exists() else m[1]
+        if (folder / (m[2] + m[3])).exists(): return m[0]       # as it is written
+        if m[3] == "index.ipynb": return f"[{m[1]}]({'../' if room else ''}index.ipynb{m[4] or ''})"
+        return f"[{m[1]}]({here}{m[3]}{m[4] or ''})" if (ROOT / "nbs" / m[3]).exists() else m[1]
     text = RE_ROOM_LINK.sub(room_link, RE_CALLOUT.sub(callout, text))
     return link_names(RE_PAPER.sub("{.paper-says}\n", text) if not text.startswith("# ") else text, room, known)
 
@@ -179,6 +186,7 @@ def cover(text: str, room: Room) -> str:
     head, _, rest = text.partition("\n> ")
     if not rest: return text
     quote, _, rest = rest.partition("\n\n")
+    rest = RE_BADGE.sub("", rest)                                # on a page the bar below has that link
     if not room: return f"{head}\n{{.subtitle}}\n> {quote}\n\n{rest}"
     s = settings()
     links = [f"[Open in Colab]({room.colab})", f"[Notebook]({s['git_url']}/blob/{s['branch']}/{room.doc}.ipynb)"]
@@ -235,7 +243,8 @@ def code(cell: dict, room: Room) -> list:
 def read(text: str, path: str = "") -> nbformat.NotebookNode:
     "myst-nb's reader: the text of a notebook -> the notebook that Sphinx renders."
     everything = rooms()
-    room, known = next((r for r in everything if r.doc == path), None), known_names(everything)
+    room = next((r for r in everything + tutorials() if r.doc == path), None)
+    known = known_names(everything)
     cells, first = [], True
     for c in json.loads(text)["cells"]:
         if c["cell_type"] == "code": cells += code(c, room); continue

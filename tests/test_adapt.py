@@ -8,7 +8,7 @@ from transformers import (GenerationConfig, LlamaConfig, LlamaForCausalLM,
                           PreTrainedTokenizerFast, TextIteratorStreamer)
 
 from transformer2_nbdev.adapt import (Answer, TwoPass, bar, check_experts, check_names, complete,
-                                      fixed, how_to_generate, load_experts, one_hot, oracle,
+                                      fixed, how_to_generate, load_experts, one_hot, told,
                                       show_weights, weight_rows)
 from transformer2_nbdev.adapter import SvfConfig, check_name, name_fault, safe_name, svf_layers
 from transformer2_nbdev.mixture import mixture
@@ -63,7 +63,7 @@ def alone(model, prompt, expert, tok=TOK, **kw):
 @pytest.mark.parametrize("batch_size", [1, 4, 64])
 def test_every_prompt_is_answered_by_its_own_expert(batch_size):
     model, who = experts(), [*EXPERTS, None, "code", "math"]
-    answers = TwoPass(model, TOK, oracle(dict(zip(PROMPTS, who)), EXPERTS), batch_size=batch_size)(PROMPTS, **GREEDY)
+    answers = TwoPass(model, TOK, told(dict(zip(PROMPTS, who)), EXPERTS), batch_size=batch_size)(PROMPTS, **GREEDY)
     want = [alone(model, p, w)[0] for p, w in zip(PROMPTS, who)]
     assert [a.text for a in answers] == want
     assert len({tuple(alone(model, PROMPTS[0], e)) for e in [*EXPERTS, None]}) == 4  # the experts do differ
@@ -81,7 +81,7 @@ def test_zero_row_is_the_base_bit_for_bit():
 @pytest.mark.parametrize("options", [dict(num_beams=3), dict(num_beams=4, num_return_sequences=2), dict(use_cache=False), dict(repetition_penalty=1.3)])
 def test_generate_options(options):
     model, who = experts(), [*EXPERTS, None, "code", "math"]
-    answers = TwoPass(model, TOK, oracle(dict(zip(PROMPTS, who)), EXPERTS))(PROMPTS, **GREEDY, **options)
+    answers = TwoPass(model, TOK, told(dict(zip(PROMPTS, who)), EXPERTS))(PROMPTS, **GREEDY, **options)
     assert [a.texts for a in answers] == [alone(model, p, w, **options) for p, w in zip(PROMPTS, who)]
     assert all(len(a.texts) == options.get("num_return_sequences", 1) and a.text == a.texts[0] for a in answers)
 

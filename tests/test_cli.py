@@ -1,5 +1,6 @@
 """The `transformer2` command: it answers at once, works, and says in one line what is wrong."""
 import ast, json, os, re, shutil, subprocess, sys
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
+import chat_toy
 import reinforce_toy as toy
 from transformer2_nbdev.cli import app
 
@@ -372,6 +374,193 @@ def test_a_published_recipe_runs_end_to_end_on_a_tiny_model_of_its_architecture(
     training = json.loads((tmp_path / "x" / "result.json").read_text())["training"]
     asked = paper.recipe(name)["reinforce"] | dict(steps=1, batch_size=8)
     assert {k: training["config"][k] for k in asked} == asked
+
+
+def test_every_field_of_the_config_is_an_option_with_its_help():
+    from transformer2_nbdev.reinforce import ReinforceConfig
+    said = call(["train", "--help"]).stdout
+    words = " ".join(said.split())
+    for f in fields(ReinforceConfig):
+        flag = f"--{f.name.replace('_', '-')}"
+        assert re.search(rf"(?m)^ +{flag}\b", said), flag
+        assert " ".join(f.metadata["help"].split()[:3]) in words, f"the help of {flag}"
+    headings = [l for l in said.splitlines() if l and not l.startswith(" ") and l.endswith(":")]
+    homes = {c.__doc__ for c in ReinforceConfig.__mro__ if c.__dict__.get("__annotations__")}
+    assert homes <= {h.removesuffix(":") for h in headings}, "one heading for each class"
+
+
+def test_a_field_that_is_added_becomes_an_option():
+    from transformer2_nbdev.cli import setting_params
+    from transformer2_nbdev.reinforce import ReinforceConfig, setting
+
+    @dataclass(kw_only=True)
+    class More(ReinforceConfig):
+        "Of our own"
+        mood: str | None = setting(None, "how it feels")
+
+    old, new = ({p.name for p in setting_params(c)} for c in (ReinforceConfig, More))
+    assert new - old == {"mood"} and old == {f.name for f in fields(ReinforceConfig)}
+
+
+SETTINGS = dict(val_every=3, val_limit=2, val_samples=2, val_temperature=.5, schedule="cosine",
+                warmup=1, patience=4, fused=False, autocast="bf16", max_grad_norm=None, max_kl=None,
+                reduction="token", kl_of="base", kl_path=False, track_kl=False, dropout=True,
+                weight_decay=.1, save_every=2, step_kl=.01)
+
+
+def test_settings_that_only_python_had_reach_the_run(world, tmp_path):
+    flags = []
+    for k, v in SETTINGS.items():
+        name = k.replace("_", "-")
+        plain_bool = k in ("kl_path", "track_kl", "dropout")
+        flags += [f"--{'' if v else 'no-'}{name}"] if plain_bool else [f"--{name}", str(v)]
+    r = call([*options(world, tmp_path / "x", steps=1), *flags])
+    assert r.exit_code == 0, r.stderr
+    config = json.loads((tmp_path / "x" / "result.json").read_text())["training"]["config"]
+    assert {k: config[k] for k in SETTINGS} == SETTINGS
+
+
+@pytest.mark.parametrize("flag, value", [("lr", "quick"), ("fused", "maybe"), ("steps", "2.5"),
+                                         ("val-samples", "some"), ("schedule", "linear")])
+def test_a_setting_that_makes_no_sense_is_refused(world, tmp_path, flag, value):
+    r = call([*options(world, tmp_path / "x"), f"--{flag}", value])
+    last = [l for l in r.stderr.splitlines() if l.strip()][-1]
+    assert r.exit_code == 2 and flag.replace("-", "") in re.sub("[-_]", "", last), r.stderr
+    assert not (tmp_path / "x").exists()
+
+
+def recipe(folder, **kw) -> Path:
+    "A recipe for a few seconds in the lab"
+    small = dict(steps=2, batch_size=8, lr=.01, val_every=1, val_limit=8)
+    r = dict(name="small", model="lab:A", tasks=["lab:math"], svf=dict(target_modules="mlp"),
+             reinforce=small, sweep=dict(kl=[0., .3], seed=[1, 2])) | kw
+    (folder / "r.json").write_text(json.dumps(r))
+    return folder / "r.json"
+
+
+POINTS = ["kl=0.0,seed=1", "kl=0.0,seed=2", "kl=0.3,seed=1", "kl=0.3,seed=2"]
+
+
+def test_a_sweep_trains_every_value_and_chooses_on_validation(tmp_path):
+    out, args = tmp_path / "grid", ["train", "--recipe", recipe(tmp_path), "--sweep"]
+    r = call([*args, "--out", out])
+    assert r.exit_code == 0, r.stderr
+    assert sorted(p.name for p in out.iterdir()) == sorted([*POINTS, "sweep.json"])
+    record, rewards = json.loads((out / "sweep.json").read_text()), {}
+    for name in POINTS:
+        result = json.loads((out / name / "result.json").read_text())
+        kl, seed = (float(x.split("=")[1]) for x in name.split(","))
+        assert (result["training"]["config"]["kl"], result["seed"]) == (kl, seed)
+        rewards[name] = result["training"]["reward"]
+    best = max(POINTS, key=rewards.get)            # the first of equals
+    assert record["chosen"] == best and f"expert in {out / best}" in r.stdout
+    assert [row["reward"] for row in record["rows"]] == [rewards[n] for n in POINTS]
+    assert "survive Holm's correction" in r.stdout and record["run"]["command"]
+    before = {p: p.read_bytes() for p in out.rglob("*.safetensors")}
+    again = call([*args, "--out", out])
+    assert again.exit_code == 2 and "go on with --resume" in again.stderr
+    again = call([*args, "--resume", "--out", out])
+    assert again.exit_code == 0 and again.stdout == r.stdout
+    assert {p: p.read_bytes() for p in out.rglob("*.safetensors")} == before
+
+
+def test_a_sweep_that_was_cut_goes_on_to_the_same_end(tmp_path):
+    args = ["train", "--recipe", recipe(tmp_path), "--sweep"]
+    whole = call([*args, "--out", tmp_path / "whole"])
+    assert call([*args, "--out", tmp_path / "cut"]).exit_code == 0
+    cut = tmp_path / "cut"
+    shutil.rmtree(cut / POINTS[3])                  # never begun
+    for f in ("result.json", "items.jsonl", "README.md"): (cut / POINTS[2] / f).unlink() # not ended
+    (cut / "sweep.json").unlink()
+    r = call([*args, "--resume", "--out", cut])
+    assert r.exit_code == 0, r.stderr
+    assert r.stdout.replace("/cut/", "/whole/") == whole.stdout
+    for name in POINTS:
+        a, b = (tmp_path / d / name / "adapter_model.safetensors" for d in ("cut", "whole"))
+        assert a.read_bytes() == b.read_bytes()
+
+
+SWEEPS = {
+    "no recipe":    (["--task", "lab:math", "--model", "lab:A"], {}, "--sweep needs a --recipe"),
+    "nothing":      ([], dict(sweep={}), "has no sweep"),
+    "no values":    ([], dict(sweep=dict(kl=[])), "no values for kl"),
+    "given as well": (["--kl", "0.2"], {}, "--kl is given, and swept"),
+    "unknown":      ([], dict(sweep=dict(speed=[1])), "fields of ReinforceConfig"),
+}
+
+
+TURNS = [dict(role="system", content="Name the kind."), dict(role="user", content="2 + 3"),
+         dict(role="assistant", content="math")]
+
+
+def conversations(folder, n=10) -> Path:
+    "A file of prompts as messages, in the form that TRL reads"
+    ask = lambda i: [*TURNS, dict(role="user", content=f"the cat sees {i}")]
+    lines = [json.dumps(dict(prompt=ask(i), animal="cat")) for i in range(n)]
+    (folder / "chat.jsonl").write_text("\n".join(lines) + "\n")
+    return folder / "chat.jsonl"
+
+
+def test_prompts_as_messages_train_and_are_measured_and_answered(world, tmp_path):
+    model = chat_toy.chat(tmp_path / "chat", max_position_embeddings=1024)
+    file = conversations(tmp_path)
+    own = ["--prompts", file, "--reward", f"{world}/reward.py:dog", "--max-new-tokens", 4]
+    r = call(["train", "--model", model, *own, "--steps", 1, "--batch-size", 8, "--lr", 1e-2,
+              "--out", tmp_path / "expert"])
+    assert r.exit_code == 0, r.stderr
+    r = call(["eval", "--model", model, *own, "--split", "all", "--out", tmp_path / "answers"])
+    assert r.exit_code == 0 and "n = 10" in r.stdout, r.stderr
+    seen = [json.loads(l)["prompt"] for l in (tmp_path / "answers/items.jsonl").open()]
+    assert seen == [json.loads(l)["prompt"] for l in file.open()]
+    r = call(["adapt", "--model", model, "--experts", f"math={tmp_path}/expert",
+              f"code={tmp_path}/expert", "--strategy", "prompt", "--prompts", file,
+              "--max-new-tokens", 4, "--out", tmp_path / "adapted.jsonl"])
+    assert r.exit_code == 0, r.stderr
+    rows = [json.loads(l) for l in (tmp_path / "adapted.jsonl").open()]
+    assert [r["prompt"] for r in rows] == [json.loads(l)["prompt"] for l in file.open()]
+
+
+@pytest.mark.parametrize("broken, said", [
+    ([dict(role="user")], "content"), ([dict(role="judge", content="x")], "role"),
+    ([dict(role="assistant", content="x")], "user"), ([], "")])
+def test_a_broken_conversation_is_named_by_its_row(world, tmp_path, broken, said):
+    good = dict(prompt=[dict(role="user", content="x")])
+    (tmp_path / "chat.jsonl").write_text(f"{json.dumps(good)}\n{json.dumps(dict(prompt=broken))}\n")
+    r = call(["eval", "--model", world / "model", "--prompts", tmp_path / "chat.jsonl",
+              "--reward", f"{world}/reward.py:dog", "--max-new-tokens", 4])
+    assert r.exit_code == 2 and "chat.jsonl, row 2" in r.stderr and said in r.stderr, r.stderr
+    assert r.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("split, n", [("test", 1), ("train", 8), ("all", 10)])
+def test_an_evaluation_of_own_prompts_takes_the_part_it_is_told(world, tmp_path, split, n):
+    own = ["--prompts", world / "rows.jsonl", "--reward", f"{world}/reward.py:dog"]
+    args = ["eval", "--model", world / "model", *own, "--max-new-tokens", 4, "--split", split]
+    r = call([*args, "--out", tmp_path / "x"])
+    assert r.exit_code == 0 and f"n = {n}, seed 0" in r.stdout, r.stderr
+    items = (tmp_path / "x" / "items.jsonl").read_text().splitlines()
+    assert len({json.loads(l)["prompt"] for l in items}) == n
+    note = f"has 10 prompts, and {n} of them are its {split} part"
+    assert (note in r.stderr) == (split != "all")
+    r = call([*args[:-1], "tset"])
+    assert r.exit_code == 2 and "no rows for split 'tset'" in r.stderr
+
+
+@pytest.mark.parametrize("name", SWEEPS)
+def test_a_sweep_that_cannot_be_is_one_line(tmp_path, name):
+    more, kw, message = SWEEPS[name]
+    which = [] if name == "no recipe" else ["--recipe", recipe(tmp_path, **kw)]
+    r = call(["train", *which, *more, "--sweep", "--out", tmp_path / "x"])
+    assert r.exit_code == 2 and message in r.stderr, r.stderr
+    assert len(r.stderr.strip().splitlines()) == 1 and not (tmp_path / "x").exists()
+
+
+def test_a_finished_value_of_other_settings_is_not_read_as_ours(tmp_path):
+    file = recipe(tmp_path, sweep=dict(kl=[0.]))
+    args = ["train", "--recipe", file, "--sweep", "--out", tmp_path / "x"]
+    assert call(args).exit_code == 0
+    r = call([*args, "--resume", "--lr", ".5"])
+    assert r.exit_code == 2 and "was trained with lr=0.01, now it is 0.5" in r.stderr
 
 
 def test_help_answers_at_once_in_a_real_shell():

@@ -1,5 +1,5 @@
-"""Runs from the terminal that go wrong outside: a full disk, a killed process, Ctrl-C, a folder that
-cannot be written, odd chat models."""
+"""Runs from the terminal that go wrong outside: a full disk, a killed process, Ctrl-C, a folder
+that cannot be written, odd chat models."""
 import json, multiprocessing, os, random, shutil, signal, subprocess, tempfile, time
 from pathlib import Path
 
@@ -72,12 +72,17 @@ def child(args, log, uid=None):
     "The command in a process of its own; stdout and stderr go to files"
     from accelerate import PartialState
     PartialState._reset_state()
-    out, err = (os.open(f"{log}.{n}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC) for n in ("out", "err"))
+    new = os.O_WRONLY | os.O_CREAT | os.O_TRUNC
+    out, err = (os.open(f"{log}.{n}", new) for n in ("out", "err"))
     os.dup2(out, 1)
     os.dup2(err, 2)
     os.setsid()
-    signal.signal(signal.SIGINT, signal.default_int_handler)    # a shell that started us in the background has it ignored
-    if uid is not None: os.setgroups([]); os.setgid(uid); os.setuid(uid)
+    # a shell that starts us in the background has it ignored
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    if uid is not None:
+        os.setgroups([])
+        os.setgid(uid)
+        os.setuid(uid)
     torch.set_num_threads(1)
     import sys
     sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)
@@ -108,12 +113,17 @@ def whole(world, tmp_path_factory):
     return content(out), time.time() - began
 
 
-def test_killed_ten_times_at_random_and_resumed_it_is_the_same_run(world, whole, tmp_path):
+@pytest.mark.parametrize("lr", ["3e-2", "auto"])
+def test_killed_ten_times_at_random_and_resumed_it_is_the_same_run(world, whole, tmp_path, lr):
     want, seconds = whole
+    if lr == "auto":
+        began = time.time()
+        assert call(command(world, tmp_path / "whole", lr=lr)).exit_code == 0
+        want, seconds = content(tmp_path / "whole"), time.time() - began
     rng, out, kills = random.Random(3), tmp_path / "x", 0
     for _ in range(10):
-        begun = (out / "state.pt").is_file()
-        p = launch(command(world, out, **dict(resume=True) if begun else {}), tmp_path / "log")
+        more = dict(resume=True) if (out / "state.pt").is_file() else {}
+        p = launch(command(world, out, lr=lr, **more), tmp_path / "log")
         p.join(rng.uniform(.05, .9) * seconds)
         if p.is_alive():
             os.kill(p.pid, signal.SIGKILL)
@@ -123,8 +133,8 @@ def test_killed_ten_times_at_random_and_resumed_it_is_the_same_run(world, whole,
         for f in out.glob("*.json"): json.loads(f.read_text())
         for f in out.glob("*.jsonl"): [json.loads(l) for l in f.read_text().splitlines()]
     assert kills >= 3
-    begun = (out / "state.pt").is_file()
-    r = call(command(world, out, **dict(resume=True) if begun else {}))
+    more = dict(resume=True) if (out / "state.pt").is_file() else {}
+    r = call(command(world, out, lr=lr, **more))
     assert r.exit_code == 0, r.stderr
     assert content(out) == want
     assert not list(out.glob(".*")), "no half of a file is left"
@@ -208,8 +218,10 @@ def disk(tmp_path):
     "A disk of one megabyte; mounting one needs to be root"
     d = tmp_path / "disk"
     d.mkdir()
-    made = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", d], capture_output=True)
-    if made.returncode: pytest.skip(f"cannot mount a small disk here: {made.stderr.decode().strip()}")
+    mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", d]
+    if shutil.which("mount") is None: pytest.skip("there is no `mount` here")
+    made = subprocess.run(mount, capture_output=True, text=True)
+    if made.returncode: pytest.skip(f"cannot mount a small disk here: {made.stderr.strip()}")
     yield d
     subprocess.run(["umount", "-l", d], check=True)
 
@@ -250,8 +262,8 @@ def test_a_folder_that_cannot_be_written_is_refused_before_any_work(world, tmp_p
     log = Path(tempfile.mkdtemp(dir="/tmp"))
     log.chmod(0o777)
     args = dict(train=command(world, locked / "x"), eval=ask(world, locked / "x"),
-                adapt=["adapt", "--model", world / "model", "--experts", world / "none", "--prompts",
-                       world / "prompts.txt", "--out", locked / "x.jsonl"])[what]
+                adapt=["adapt", "--model", world / "model", "--experts", world / "none", "--out",
+                       locked / "x.jsonl", "--prompts", world / "prompts.txt"])[what]
     try:
         p = launch(args, log / "log", **dict(uid=65534) if os.getuid() == 0 else {})
         p.join(120)
@@ -347,7 +359,8 @@ def test_an_adapter_is_no_model(world, tmp_path):
     assert r.exit_code == 2 and "is an adapter: give its base as --model" in r.stderr
 
 
-ODD = {"exit in a reward": (dict(reward="def f(t, e):\n    import sys; sys.exit(0)\n"), "SystemExit"),
+LEAVES = "import sys\ndef f(text, example): sys.exit(0)\n"
+ODD = {"exit in a reward": (dict(reward=LEAVES), "SystemExit"),
        "exit on import": (dict(reward="import sys\nsys.exit(0)\n"), "fails on import: SystemExit"),
        "number": (dict(prompts='{"prompt": 5}\n'), "row 1: the prompt must be text, not int"),
        "null": (dict(prompts='{"prompt": null}\n'), "row 1: the prompt must be text, not NoneType"),

@@ -8,7 +8,7 @@ from urllib.parse import unquote, urldefrag, urlsplit
 
 import numpy as np
 import pytest
-from reader import RE_CALLOUT, callout, directives, link_names, markdown, read, rooms
+from reader import RE_CALLOUT, callout, directives, link_names, markdown, read, rooms, tutorials
 from readme import readme
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -85,9 +85,9 @@ def pages(site: Path) -> list:
 
 
 def test_every_room_has_a_page(site):
-    missing = {"index.html", "docs/reference.html", *(f"{r.doc}.html" for r in rooms())} - set(pages(site))
+    missing = {"index.html", "docs/reference.html", *(f"{r.doc}.html" for r in rooms() + tutorials())} - set(pages(site))
     assert not missing
-    for r in rooms():
+    for r in rooms() + tutorials():
         html = (site / f"{r.doc}.html").read_text(encoding="utf-8")
         assert r.colab in html, f"{r.doc} has no Colab link"
         for e in r.exports: assert not e.label or f'id="{e.label}"' in html, f"{r.doc} has no anchor for {e.name}"

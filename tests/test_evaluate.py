@@ -10,7 +10,8 @@ from peft import get_peft_model
 from test_rollout import llama, words
 from transformer2_nbdev import evaluate as ev
 from transformer2_nbdev.adapter import SvfConfig
-from transformer2_nbdev.evaluate import bootstrap, evaluate, fingerprint, load, mcnemar, paired, save, student_t, summarise, wilson
+from transformer2_nbdev.evaluate import (bootstrap, evaluate, fingerprint, hierarchical, load, mcnemar,
+                                         paired, save, student_t, summarise, wilson)
 from transformer2_nbdev.tasks import Task, Verdict
 
 
@@ -205,3 +206,52 @@ def test_pictures_have_content():
     bars = ev.plot_accuracy(rs)
     assert [p.get_height() for p in bars.patches] == pytest.approx([100 * r.acc for r in rs.values()])
     assert len(ev.plot_paired(rs["a"], {k: rs[k] for k in "bc"}).texts) == 2
+
+
+# ------------------------------------------------------------------ seeds and questions at once
+
+def test_hierarchical_without_a_spread_of_seeds_is_the_bootstrap_over_questions():
+    g = np.random.default_rng(0)
+    a, b = g.random(400) < .6, g.random(400) < .7
+    gained, lost = int((b & ~a).sum()), int((a & ~b).sum())
+    h = hierarchical(dict(a=[a] * 4, b=[b] * 4), "a")["b"]
+    assert h.diff == pytest.approx((gained - lost) / 400) and (h.gained, h.lost, h.n) == (4 * gained, 4 * lost, 400)
+    assert (h.low, h.high) == pytest.approx(bootstrap(gained, lost, 400), abs=.008)
+
+
+@pytest.mark.parametrize("S", [3, 40])
+def test_hierarchical_without_a_spread_of_questions_has_the_interval_of_the_seeds(S):
+    "Every question alike, seeds that are all right or all wrong: mean +- t sd / sqrt(S)"
+    right = [s % 2 == 0 for s in range(S)]
+    h = hierarchical(dict(a=np.zeros((S, 30)), b=[[r] * 30 for r in right]), "a")["b"]
+    half = student_t(.95, S - 1) * np.std(right, ddof=1) / S ** .5
+    assert (h.high - h.low) / 2 == pytest.approx(half, rel=.25) and h.low < np.mean(right) < h.high
+
+
+def test_stretch_is_students_where_seeds_vary_and_one_where_they_do_not():
+    z, rng = 1.959964, np.random.default_rng(0)
+    alike = np.repeat(rng.integers(-1, 2, (1, 400)), 3, 0).astype(float)
+    assert ev.stretch(alike, .95) == pytest.approx(student_t(.95, 399) / z, rel=1e-3)
+    assert ev.stretch(np.array([[0.] * 30, [1.] * 30, [1.] * 30]), .95) == pytest.approx(student_t(.95, 2) / z, rel=1e-3)
+    assert ev.stretch(np.zeros((3, 30)), .95) == 1
+
+
+@pytest.mark.parametrize("S, scatter", [(3, 0), (3, .05), (6, .05)])
+def test_hierarchical_holds_the_truth_as_often_as_it_says(S, scatter):
+    "Nominally 190 of 200; three standard errors below is 180"
+    rng, held = np.random.default_rng(7), 0
+    for _ in range(200):
+        u, gain = rng.random((1, 200)), .1 + rng.normal(0, scatter, (S, 1))
+        a, b = np.repeat(u < .55, S, 0), (u < .5) | ((u > .55) & (u < .55 + np.clip(gain, 0, .4)))
+        h = hierarchical(dict(a=a, b=b), "a", resamples=300)["b"]
+        held += h.low <= .05 <= h.high
+    assert held >= 180
+
+
+def test_hierarchical_p_values():
+    g = np.random.default_rng(1)
+    a = g.random((3, 500)) < .5
+    runs = dict(a=a, same=a, better=a | (g.random((3, 500)) < .3), other=g.permutation(a.T).T)
+    h = hierarchical(runs, "a")
+    assert h["same"].p == 1 and h["better"].p <= 1e-3 and h["other"].p > .05 and list(h) == ["same", "better", "other"]
+    assert hierarchical(runs, "a")["other"] == h["other"] and hierarchical(runs, "a", seed=1)["other"] != h["other"]

@@ -1,4 +1,4 @@
-"""What a reader of room 12 need not see: analytic optima in higher dimensions, every variant against a model built for it, and bad input."""
+"""What a reader of room 13 need not see: analytic optima in higher dimensions, every variant against a model built for it, and bad input."""
 from collections import Counter
 
 import pytest, torch
@@ -8,8 +8,10 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from transformer2_nbdev.adapter import SvfConfig, svf_layers
 from transformer2_nbdev.mixture import mixture
-from transformer2_nbdev.fewshot import (FewShot, Marks, Shots, Strength, alphas, best_first, cem, corners, curve, draw_shots, few_shot_scores, folds,
-                                        mark, n_blocks, select, variants)
+from transformer2_nbdev.fewshot import (OFFICIAL, OFFICIAL_SEARCH, BestOf, FewShot, Marks, Shots, Strength,
+                                        alphas, best_first, cem, corners, curve, draw_shots, evens,
+                                        few_shot_scores, folds, in_context, mark, n_blocks,
+                                        random_mixtures, select, strengths, variants)
 from transformer2_nbdev.rollout import generate, token_logprobs
 from transformer2_nbdev.tasks import Task
 
@@ -86,7 +88,9 @@ def test_best_first_is_lexicographic():
 
 
 @pytest.mark.parametrize("bad, text", [(dict(dim=0), "dim=0"), (dict(elite=0), "elite=0"), (dict(generations=0), "generations=0"),
-                                       (dict(smoothing=1), "smoothing=1"), (dict(population=3), "population=3"), (dict(bounds=(1, 1)), "bounds")])
+                                       (dict(smoothing=1), "smoothing=1"), (dict(population=3), "population=3"),
+                                       (dict(bounds=(1, 1)), "bounds"), (dict(spread=0), "spread=0"),
+                                       (dict(rank_by=0), "rank_by=0"), (dict(first="last"), "first=last")])
 def test_bad_settings(bad, text):
     with pytest.raises(ValueError, match=text): cem(lambda x: x.sum(1), **dict(dim=2) | bad)
 
@@ -204,3 +208,84 @@ def test_bad_input(model, tok, task):
     with pytest.raises(ValueError, match="tie='none'"): FewShot(model, tok, task, shots, tie="none")
     with pytest.raises(ValueError, match="too few shots"): select(model, tok, task, shots, k=5)
     assert n_blocks(model) == 2 and alphas(torch.ones(4), (2, 2), True).tolist() == [[.5, .5], [.5, .5]]
+
+
+def as_described(accuracy, likelihood, experts, matrices, generations, seed, population=32, elites=6):
+    """The official search, written from room 13's table alone: one candidate after the other.
+
+    Every weight starts at one over the number of experts, with half of the range [0, 1] as the spread. The
+    first candidate is the best one so far. Elites are the six of the highest accuracy; among equals those that
+    came first (the original leaves that to numpy's argpartition). Their mean and their sample standard deviation
+    are the next distribution, unsmoothed. The best of a generation is, among the most accurate, the likeliest.
+    """
+    noise, trace = torch.Generator().manual_seed(seed), []
+    centre, width = [1 / experts] * (experts * matrices), [.5] * (experts * matrices)
+    best = centre
+    for _ in range(generations):
+        z = torch.randn(population, len(centre), generator=noise).tolist()
+        people = [[min(max(c + w * x, 0.), 1.) for c, w, x in zip(centre, width, row)] for row in z]
+        people[0] = best
+        right = [accuracy(p) for p in people]
+        chosen = sorted(range(population), key=lambda i: -right[i])[:elites]
+        best = max((p for p, r in zip(people, right) if r == max(right)), key=likelihood)
+        trace.append((people, chosen, best))
+        columns = list(zip(*[people[i] for i in chosen]))
+        centre = [sum(c) / elites for c in columns]
+        width = [(sum((x - m) ** 2 for x in c) / (elites - 1)) ** .5 for c, m in zip(columns, centre)]
+    return trace
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("steps", [4, 1000])               # many ties, and hardly any
+def test_official_search_equals_its_description(seed, steps):
+    def accuracy(p): return round(steps * (1 - sum(abs(x - .7) for x in p) / len(p))) / steps
+    def likelihood(p): return -sum((x - .2) ** 2 for x in p)   # disagrees with the accuracy on purpose
+    def both(x): return torch.tensor([[accuracy(p), likelihood(p)] for p in x.double().tolist()])
+    experts, matrices, generations = 3, 2, 6
+    f = cem(both, experts * matrices, **OFFICIAL_SEARCH | dict(mean=1 / experts, generations=generations, seed=seed))
+    trace = as_described(accuracy, likelihood, experts, matrices, generations, seed)
+    for h, (people, chosen, best) in zip(f.history, trace, strict=True):
+        torch.testing.assert_close(h["population"], torch.tensor(people), rtol=0, atol=1e-4)
+        assert h["elites"].tolist() == chosen
+    torch.testing.assert_close(f.best, torch.tensor(trace[-1][2]), rtol=0, atol=1e-4)
+    assert f.why == "6 generations"
+
+
+def test_official_elites_ignore_the_likelihood_and_ours_do_not():
+    flat = lambda x: torch.stack([torch.ones(len(x)), x[:, 0]], 1)
+    theirs = cem(flat, 2, **OFFICIAL_SEARCH | dict(generations=3))
+    assert all(h["elites"].tolist() == list(range(6)) for h in theirs.history)
+    assert theirs.best[0] == max(h["population"][:, 0].max() for h in theirs.history)
+    assert cem(flat, 2, generations=15).mean[0] > .9 > theirs.mean[0]
+
+
+def test_official_few_shot_weighs_every_matrix(model, tok, task):
+    f = FewShot(model, tok, task, draw_shots(task, 4), **OFFICIAL | dict(generations=2))
+    assert f.shape == (len(svf_layers(model)), 2) and f.form == "sum" and f.shots.tie == "own"
+    assert f.found.history[0]["population"][0].tolist() == [.5] * f.found.best.numel()
+    assert len(f.found.history[0]["population"]) == 32       # no warm start
+    w = f(["a", "b"])
+    with mixture(model, w, EXPERTS, "sum"): generate(model, tok, ["a", "b"], 2, temperature=0)
+    with pytest.raises(ValueError, match="per_layer='head'"): FewShot(model, tok, task, draw_shots(task, 4), per_layer="head")
+
+
+def test_best_of_a_list_takes_the_best_and_of_equals_the_first(model, tok, task):
+    shots = Shots(model, tok, task, draw_shots(task, 6))
+    tried = torch.cat([evens(2, [.3, .3]), strengths(2, [.5, 1.]), random_mixtures(2, 5, seed=3)])
+    b = BestOf(model, tok, task, shots, tried, EXPERTS)
+    k = best_first(b.scores)[0]
+    assert torch.equal(b.weights, tried[k]) and b.scores[k].tolist() == max(b.scores.tolist())
+    twice = BestOf(model, tok, task, shots, tried[k].expand(3, 2), EXPERTS)
+    assert torch.equal(twice.weights, tried[k]) and best_first(twice.scores).tolist() == [0, 1, 2]
+    layers = BestOf(model, tok, task, shots, tried[:4, None].expand(4, 2, 2), EXPERTS)
+    assert layers(["a", "b"]).shape == (2, 2, 2) and torch.allclose(layers.scores, b.scores[:4], atol=1e-4)
+    assert tried[:2].tolist() == [[torch.tensor(.3).item()] * 2] * 2 and random_mixtures(3, 9, (1., 2.)).min() >= 1
+
+
+def test_in_context_changes_prompts_alone(model, tok, task):
+    shots = draw_shots(task, 2)
+    shown, e = in_context(task, shots, between=" . ", after=" = "), task.examples("test")[0]
+    front = "".join(f"{s['prompt']} = {s['answer']} . " for s in shots)
+    assert shown.prompt(e) == front + task.prompt(e) and shown.examples("test") == task.examples("test")
+    assert shown.judge(e["answer"], e).correct == task.judge(e["answer"], e).correct and shown.name == task.name
+    with pytest.raises(ValueError, match="shot 0 has no answer"): in_context(task, [dict(prompt="a", answer="")])

@@ -1,5 +1,6 @@
 """The paper's tables as data, the official code's files, and the three recipes on a tiny model of each architecture."""
-import itertools, json, math
+import itertools, json, math, re
+from pathlib import Path
 
 import pytest, torch
 from peft import PeftModel, get_peft_model
@@ -7,7 +8,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, GPT2LMHea
 
 from transformer2_nbdev import paper
 from transformer2_nbdev.adapter import SvfConfig, svf_layers, zs
+from transformer2_nbdev.evaluate import hierarchical
 from transformer2_nbdev.paper import export_official, load_official
+from transformer2_nbdev.reinforce import ReinforceConfig
 
 FAMILIES = ("llama", "mistral", "qwen2")
 
@@ -159,3 +162,93 @@ def test_recipe_end_to_end(name, tmp_path):
     model.save_pretrained(tmp_path / "expert")
     again = PeftModel.from_pretrained(base(), tmp_path / "expert")
     assert all(torch.equal(z, zs(again)[n]) for n, z in after.items())
+
+
+# The lab's record and what room 23 says of it
+
+ROOT = Path(__file__).resolve().parents[1]
+SCALE = {"steps", "batch_size", "lr", "val_every", "val_limit"}
+
+
+def test_changed_fields():
+    "The published loop and the code's differ in five fields; a reward baseline is not among them."
+    differ = paper.changed(ReinforceConfig.paper(), ReinforceConfig.official())
+    assert differ == dict(temperature=(1., 0.), kl=(.1, 0.), kl_of=("policy", "base"), kl_path=(True, False), schedule=("cosine", "constant"))
+    assert ReinforceConfig.paper().advantage == ReinforceConfig.official().advantage == "none"
+    assert paper.changed(SvfConfig(), SvfConfig(rank=3)) == dict(rank=(None, 3))
+    with pytest.raises(TypeError, match="a SvfConfig with a ReinforceConfig"): paper.changed(SvfConfig(), ReinforceConfig())
+
+
+@pytest.fixture(scope="module")
+def lab_record(): return json.loads((ROOT / "benchmarks" / "results" / "paper-departures.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def room():
+    cells = json.loads((ROOT / "nbs" / "23_paper.ipynb").read_text(encoding="utf-8"))["cells"]
+    said = {c["id"]: "".join(c["source"]) for c in cells}
+    printed = {c["id"]: "".join("".join(o.get("text", "")) for o in c.get("outputs", [])) for c in cells}
+    return said, printed
+
+
+def verdict_runs(record):
+    "{variant: {seed: piece}}, of the variants that have any"
+    runs = {}
+    for k, v in record["pieces"].items():
+        if k.startswith("verdict/"): runs.setdefault(k.split("/")[1], {})[int(k.split("/")[2])] = v
+    return runs
+
+
+def verdicts(record):
+    "{(task, variant): (difference in points, word)}, with Holm's correction over them all"
+    runs = verdict_runs(record)
+    seeds = sorted(set.intersection(*(set(r) for r in runs.values())))
+    found = {}
+    for task in ("math", "code"):
+        rows = {n: [[c == "1" for c in f"{int(r[s]['tasks'][task]['right'], 16):b}"[1:]] for s in seeds] for n, r in runs.items()}
+        found |= {(task, n): d for n, d in hierarchical(rows, "paper").items()}
+    stands = paper.holm([d.p for d in found.values()])
+    word = lambda d, ok: "no difference found" if not ok else "gains" if d.diff > 0 else "loses"
+    return {k: (100 * d.diff, word(d, ok)) for (k, d), ok in zip(found.items(), stands)}
+
+
+def test_lab_reference_is_the_papers_loop(lab_record):
+    reference = ReinforceConfig(**lab_record["reference"])
+    assert set(paper.changed(ReinforceConfig.paper(), reference)) == SCALE
+    for name, v in lab_record["variants"].items():
+        differ = paper.changed(reference, ReinforceConfig(**lab_record["reference"] | v["reinforce"]))
+        assert set(differ) == set(v["reinforce"]) and not set(differ) & (SCALE | {"seed"}), name
+    official = paper.changed(reference, ReinforceConfig(**lab_record["reference"] | lab_record["variants"]["code"]["reinforce"]))
+    assert official == paper.changed(ReinforceConfig.paper(), ReinforceConfig.official())
+
+
+def test_every_variant_is_tuned_on_other_seeds(lab_record):
+    runs, tuning = verdict_runs(lab_record), set(lab_record["seeds"]["tune"])
+    assert {"paper", "MLP only", "code"} <= set(runs) <= set(lab_record["variants"]) and len(tuning) >= 2
+    for name, seeds in runs.items():
+        found = {float(r): sum(c) for r, c in lab_record["surface"][name].items() if len(c) == len(tuning)}
+        best = max(found, key=lambda r: (found[r], -r))
+        assert len(found) >= 3 and len(seeds) >= 2 and not tuning & set(seeds), name
+        assert len(found) == 5 or min(found) < best < max(found), f"{name}: the best of {found} is at an end"
+        assert {r["lr"] for r in seeds.values()} == {best}, name
+        assert all(sum(c == "1" for c in f"{int(t['right'], 16):b}"[1:]) == t["correct"] for r in seeds.values() for t in r["tasks"].values())
+
+
+def test_room_prints_the_differences(room):
+    "What the room shows as the difference of two loops is what the configs say."
+    said, printed = room
+    for field, (a, b) in paper.changed(ReinforceConfig.paper(), ReinforceConfig.official()).items():
+        assert re.search(rf"^{field} +the paper {a!r} +the code {b!r}$", printed["c1a9e002"], re.M), field
+    assert {l.split()[0] for l in printed["75b6e859"].splitlines()} == SCALE
+
+
+def test_room_states_the_verdicts_of_the_record(room, lab_record):
+    "Each row of the table in prose, and each printed line, has the word and the figure that the record gives."
+    said, printed = room
+    rows = {r[0]: r[1:] for r in ([x.strip() for x in l.strip("|").split("|")] for l in said["0954b174"].splitlines() if l.startswith("|"))}
+    lines = printed["56e9d69c"]
+    for (task, name), (points, word) in verdicts(lab_record).items():
+        line = next(l for l in lines.split(f"\n{task}: ")[1].splitlines() if l.startswith(f"{name:18}"))
+        assert line.endswith(word) and f"{points:+.1f} (" in line, (task, line)
+        cell = rows[name][("math", "code").index(task)].replace("−", "-")
+        assert cell == f"{word}, {points:+.1f}", (task, name, cell)

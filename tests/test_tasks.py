@@ -182,3 +182,76 @@ def test_a_file_that_is_not_utf8_is_named(tmp_path):
     (tmp_path / "p.txt").write_bytes("Tell a story.".encode("utf-16"))
     with pytest.raises(ValueError, match="p.txt is not UTF-8 text") as e: tasks.read_rows(tmp_path / "p.txt")
     assert "\n" not in str(e.value)
+
+
+# --- prompts as messages -------------------------------------------------------------------------------------------------------
+U, A, S = (lambda role: lambda text: dict(role=role, content=text))("user"), (lambda text: dict(role="assistant", content=text)), (lambda text: dict(role="system", content=text))
+SHOTS = [U("2 + 2?"), A("4"), U("3 + 4?")]
+CHATML = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+LLAMA = "{{ bos_token }}{% for m in messages %}<|start|>{{ m.role }}<|end|>\n\n{{ m.content | trim }}<|eot|>{% endfor %}{% if add_generation_prompt %}<|start|>assistant<|end|>\n\n{% endif %}"
+TURNS = "{% for m in messages %}{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('Conversation roles must alternate user/assistant/...') }}{% endif %}"
+MISTRAL = "{{ bos_token }}" + TURNS + "{% if m.role == 'user' %}[INST] {{ m.content }} [/INST]{% else %}{{ m.content }}</s>{% endif %}{% endfor %}"
+GEMMA = "{{ bos_token }}{% if messages[0].role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}" + TURNS + "<turn>{{ 'model' if m.role == 'assistant' else m.role }}\n{{ m.content | trim }}</turn>\n{% endfor %}{{ '<turn>model\n' }}"
+SILENT = "{% for m in messages if m.role != 'system' %}[{{ m.role }}] {{ m.content }}\n{% endfor %}[assistant]"
+LAST = "[user] {{ messages[-1].content }}\n[assistant]"
+
+def chat(template):
+    "A tokenizer of transformers with that template."
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+    inner = Tokenizer(models.WordLevel({"<s>": 0, "<unk>": 1}, unk_token="<unk>")); inner.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=inner, bos_token="<s>", unk_token="<unk>", chat_template=template)
+
+@pytest.mark.parametrize("template, want, with_system", [
+    (None, "2 + 2?\n4\n\n3 + 4?", "Add.\n\n2 + 2?\n4\n\n3 + 4?"),
+    (CHATML, "<|im_start|>user\n2 + 2?<|im_end|>\n<|im_start|>assistant\n4<|im_end|>\n<|im_start|>user\n3 + 4?<|im_end|>\n<|im_start|>assistant\n", "<|im_start|>system\nAdd.<|im_end|>\n<|im_start|>user\n2 + 2?"),
+    (LLAMA, "<s><|start|>user<|end|>\n\n2 + 2?<|eot|><|start|>assistant<|end|>\n\n4<|eot|><|start|>user<|end|>\n\n3 + 4?<|eot|><|start|>assistant<|end|>\n\n", "<s><|start|>system<|end|>\n\nAdd.<|eot|><|start|>user"),
+    (MISTRAL, "<s>[INST] 2 + 2? [/INST]4</s>[INST] 3 + 4? [/INST]", "<s>[INST] Add.\n\n2 + 2? [/INST]4</s>[INST] 3 + 4? [/INST]"),
+    (GEMMA, "<s><turn>user\n2 + 2?</turn>\n<turn>model\n4</turn>\n<turn>user\n3 + 4?</turn>\n<turn>model\n", "<s><turn>user\nAdd.\n\n2 + 2?</turn>\n<turn>model\n4</turn>\n<turn>user\n3 + 4?</turn>\n"),
+    (SILENT, "[user] 2 + 2?\n[assistant] 4\n[user] 3 + 4?\n[assistant]", "[user] Add.\n\n2 + 2?\n[assistant] 4\n[user] 3 + 4?\n[assistant]")])
+def test_messages_go_through_the_template(template, want, with_system):
+    tok = chat(template)
+    assert render(SHOTS, None, tok) == want
+    assert render(SHOTS, None, tok, system="Add.").startswith(with_system) and render([S("Add."), *SHOTS], None, tok) == render(SHOTS, None, tok, system="Add.")
+    assert render([U("Hi")], None, tok) == render("Hi", None, tok) and render([S("Be brief."), U("Hi")], None, tok) == render("Hi", None, tok, system="Be brief.")
+
+def test_which_system_message_wins():
+    task = Task("t", lambda s: [], lambda e: e, lambda c, e: 1, system="the task's")
+    assert render(task, SHOTS).startswith("the task's\n\n") and render(task, [S("its own"), *SHOTS]).startswith("its own\n\n2")
+    assert render(task, [S("its own"), *SHOTS], system="given").startswith("given\n\n2") and render(task, [S("its own"), *SHOTS], system="") == render(SHOTS)
+
+def test_neighbours_of_one_role_become_one_message_where_turns_are_wanted():
+    assert render([U("a"), U("b")], None, chat(MISTRAL)) == "<s>[INST] a\n\nb [/INST]" and "user\na<|im_end|>\n<|im_start|>user\nb" in render([U("a"), U("b")], None, chat(CHATML))
+
+def test_a_template_that_loses_turns_is_refused():
+    with pytest.raises(ValueError, match="the chat template loses message 1") as e: render(SHOTS, None, chat(LAST))
+    assert "\n" not in str(e.value) and render("3 + 4?", None, chat(LAST)) == "[user] 3 + 4?\n[assistant]"
+
+def test_rendering_changes_no_example():
+    rows = [S("Add."), *[dict(m) for m in SHOTS]]; before = json.dumps(rows)
+    for t in (None, CHATML, MISTRAL, GEMMA, SILENT): render(rows, None, chat(t)), render(rows, None, chat(t), system="x")
+    assert json.dumps(rows) == before
+
+def test_contents_in_parts():
+    parts = [dict(role="user", content=[dict(type="text", text="What"), dict(type="text", text="is this?")])]
+    assert render(parts) == "What\nis this?" == tasks.user_text(parts) and render(parts, None, chat(CHATML)) == render("What\nis this?", None, chat(CHATML))
+    seen = [dict(role="user", content=[dict(type="image"), dict(type="text", text="What is this?")])]
+    assert tasks.user_text(seen) == "What is this?"
+    with pytest.raises(ValueError, match="needs a tokenizer with a chat template"): render(seen)
+    sees = "{% for m in messages %}[{{ m.role }}]{% if m.content is string %}{{ m.content }}{% else %}{% for p in m.content %}{{ '<image>' if p.type == 'image' else p.text }}{% endfor %}{% endif %}{% endfor %}"
+    assert render(seen, None, chat(sees)) == "[user]<image>What is this?" and render(seen, None, chat(sees), system="Look.") == "[system]Look.[user]<image>What is this?"
+
+@pytest.mark.parametrize("prompt, said", [
+    ([], "the prompt is empty"), (5, "the prompt must be text, not int"), (None, "not NoneType"), ({"role": "user"}, "not dict"), ("  ", "the prompt is empty"), (["Hi"], "message 1: expected an object with a role and a content"),
+    ([{"role": "user"}], "message 1: expected"), ([dict(role="bot", content="x")], "message 1: role 'bot' is not one of system"), ([dict(role=["user"], content="x")], "message 1: role"), ([U(5)], "message 1: a content is a text"),
+    ([U(None)], "message 1: a content"), ([U([])], "message 1: a content"), ([U(["x"])], "message 1: a content"), ([U("a"), S("b"), U("c")], "message 2: a system message stands first"), ([U("a"), A("b")], "its last message is the assistant's"),
+    ([S("a")], "none of its messages is the user's"), ([S("a"), A("b")], "none of its messages"), ([U([{"type": "text"}])], "message 1: a content")])
+def test_what_is_wrong_with_a_prompt_is_said_in_one_line(tmp_path, prompt, said):
+    write(tmp_path / "p.jsonl", dict(prompt=SHOTS), "", dict(prompt=prompt))
+    with pytest.raises(ValueError) as e: from_files(tmp_path / "p.jsonl", lambda c, e: 1)
+    assert said in str(e.value) and "p.jsonl, row 3" in str(e.value) and "\n" not in str(e.value)
+
+def test_a_file_of_messages_is_a_task(tmp_path):
+    task = from_files(write(tmp_path / "p.jsonl", dict(prompt=SHOTS, answer="7"), dict(prompt="1 + 1?", answer="2")), lambda c, e: c == e["answer"])
+    first, second = task.examples("test")
+    assert task.judge("7", first).correct and task.answer(first) == "7" and render(task, first) == render(SHOTS) and render(task, second) == "1 + 1?"

@@ -7,8 +7,8 @@ __all__ = ['LAB', 'wilson', 'mcnemar', 'bootstrap', 'item_id', 'items_digest', '
            'make_result', 'write_atomic', 'append_lines', 'save', 'is_part', 'sweep_up', 'check_writable', 'load',
            'fingerprint', 'batches_of', 'batch_seed', 'mixed', 'answer_batch', 'check_settings', 'read_partial',
            'settings_of', 'run_facts', 'versions', 'peak_memory', 'evaluate', 'plot_accuracy', 'plot_paired',
-           'student_t', 'Summary', 'summarise', 'base_name', 'licence_of', 'stated_licence', 'cached_folder', 'look_up',
-           'score_table', 'caution', 'load_lines', 'fact_lines', 'model_card']
+           'student_t', 'Summary', 'summarise', 'stretch', 'hierarchical', 'base_name', 'licence_of', 'stated_licence',
+           'cached_folder', 'look_up', 'score_table', 'caution', 'load_lines', 'fact_lines', 'model_card']
 
 # %% ../nbs/08_evaluate.ipynb #6c58ccff
 import hashlib, json, math, os, platform, random, re, shlex, shutil, sys, time
@@ -415,6 +415,44 @@ def summarise(results: list,                # Results over the same questions, o
     accs = [r.acc for r in results]
     half = student_t(confidence, len(accs) - 1) * stdev(accs) / math.sqrt(len(accs))
     return Summary(mean(accs), stdev(accs), max(mean(accs) - half, 0.), min(mean(accs) + half, 1.), accs, results[0].n)
+
+# %% ../nbs/08_evaluate.ipynb #5de20f71
+def stretch(D: np.ndarray,      # (S, n) differences, -1, 0 or 1
+            confidence: float
+           ) -> float:
+    "Student's quantile over the normal's, at the freedom that seeds and questions leave"
+    S, n = D.shape
+    a, b = D.mean(1).var(ddof=1) / S, D.mean(0).var(ddof=1) / n
+    if a + b == 0: return 1.
+    free = (a + b) ** 2 / (a ** 2 / (S - 1) + b ** 2 / (n - 1))
+    return student_t(confidence, free) / NormalDist().inv_cdf((1 + confidence) / 2)
+
+# %% ../nbs/08_evaluate.ipynb #2762283b
+def hierarchical(runs: dict,           # {method: S rows of n right or wrong, one row for each seed}
+                 against: str,         # the method that all others are compared with
+                 confidence: float = .95, resamples: int = 10_000, seed: int = 0
+                ) -> dict:             # {method: Paired}; gained and lost are sums over seeds
+    "Methods x seeds x the same questions: differences that hold for other seeds and other questions"
+    X = {m: np.array(rows, dtype=np.float32) for m, rows in runs.items()}
+    if against not in X: raise ValueError(f"no method {against!r}: there are {', '.join(X)}")
+    S, n = X[against].shape if X[against].ndim == 2 else (0, 0)
+    if odd := [m for m, x in X.items() if x.shape != (S, n)]:
+        raise ValueError(f"{odd[0]!r} has shape {X[odd[0]].shape}: expected {S} seeds x {n} questions")
+    if S < 2 or n < 2: raise ValueError("a spread needs at least two seeds and two questions")
+    rng = np.random.default_rng(seed)
+    w = rng.multinomial(S, [1 / S] * S, resamples).astype(np.float32) / S
+    v = rng.multinomial(n, [1 / n] * n, resamples).astype(np.float32) / n
+    ends = [(1 - confidence) / 2, (1 + confidence) / 2]
+    def versus(D): # (S, n) in -1, 0, 1
+        rows = v @ D.T                                           # (resamples, S)
+        middle = rows.mean(1, keepdims=True)
+        d = middle[:, 0] + ((S / (S - 1)) ** .5 * w * (rows - middle)).sum(1)
+        d = D.mean() + stretch(D, confidence) * (d - D.mean())
+        wrong = min((d <= 0).mean(), (d >= 0).mean())
+        p = min(1., 2 * max(float(wrong), 1 / resamples))
+        low, high = map(float, np.quantile(d, ends))
+        return Paired(float(D.mean()), low, high, p, n, int((D > 0).sum()), int((D < 0).sum()))
+    return {m: versus(x - X[against]) for m, x in X.items() if m != against}
 
 # %% ../nbs/08_evaluate.ipynb #6699db54
 LAB = Path(transformer2_nbdev.__file__).resolve().parent / "data" / "lab"

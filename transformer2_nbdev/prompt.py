@@ -18,7 +18,7 @@ from torch import nn
 from .mixture import mixture
 from .adapt import check_experts, one_hot
 from .rollout import encode, eos_ids, generate, inner, pad_id, pad_left, positions
-from .tasks import answer_region, boxed, render
+from .tasks import answer_region, boxed, render, user_text
 
 # %% ../nbs/11_prompt.ipynb #54ee4f58
 GUIDES = dict(code="it wants a program or a function written, completed, repaired or explained",
@@ -137,7 +137,7 @@ class Dispatch:
 
     def classify(self, prompts: list[str]) -> list[str | None]: # labels; None: nothing readable
         "The first pass"
-        texts = [render(self.ask(p), None, self.tokenizer, self.system) for p in prompts]
+        texts = [render(self.ask(user_text(p)), None, self.tokenizer, self.system) for p in prompts]
         with asked(self.model, self.active):
             self.said, self.last, self.scores = METHODS[self.method](self, texts)
         return self.said

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['pad_left', 'positions', 'inner', 'eos_ids', 'pad_id', 'until_eos', 'encode', 'check_room', 'sampling_config',
-           'undisturbed', 'forked_rng', 'Recorder', 'sample_batch', 'Generation', 'trim', 'select', 'join', 'texts_of',
-           'generate', 'completion_logits', 'token_logprobs', 'vocab_logprobs', 'entropy', 'judge', 'Rollouts',
-           'rollout', 'items_of']
+           'undisturbed', 'forked_rng', 'Recorder', 'spread', 'sample_batch', 'Generation', 'trim', 'select', 'join',
+           'texts_of', 'generate', 'completion_logits', 'token_logprobs', 'vocab_logprobs', 'entropy', 'judge',
+           'Rollouts', 'rollout', 'items_of']
 
 # %% ../nbs/07_rollout.ipynb #cc206472
 import math, time
@@ -151,11 +151,16 @@ class Recorder(LogitsProcessor):
         return torch.stack(self.logps[:tokens.shape[1]], 1)
 
 # %% ../nbs/07_rollout.ipynb #873e99fe
+def spread(model: nn.Module) -> bool:
+    "Whether FSDP has spread the weights over processes, which then have to call the model in step"
+    return any(hasattr(m, "set_reshard_after_forward") for m in model.modules())
+
 def sample_batch(model: nn.Module, rows: list[list[int]], config: GenerationConfig) -> dict: # tensors of one batch
     "One rectangle: prompt and its mask (B, P); tokens, kept (the completion mask) and logprobs (B, T); finished (B,)."
     ids, mask = pad_left(rows, config.pad_token_id, inner(model).device)
     recorder = Recorder(config.temperature if config.do_sample else 0.)
-    out = model.generate(input_ids=ids, attention_mask=mask, generation_config=config, logits_processor=LogitsProcessorList([recorder]))
+    out = model.generate(input_ids=ids, attention_mask=mask, generation_config=config, logits_processor=LogitsProcessorList([recorder]),
+                         synced_gpus=spread(model) or None)
     tokens, eos = out[:, ids.shape[1]:], config.eos_token_id or []
     kept = until_eos(tokens, eos)
     return dict(prompt=ids, prompt_mask=mask, tokens=tokens.where(kept == 1, config.pad_token_id), kept=kept,

@@ -15,7 +15,7 @@ import torch
 from .svd import Factors, side_of
 
 # %% ../nbs/01_svf.ipynb #e12b2baf
-def scale(y: torch.Tensor,   # (..., r) what the frozen layer gave ("left"), or its input x ("right")
+def scale(y: torch.Tensor,   # (..., r) the frozen layer's output ("left") or its input ("right")
           Q: torch.Tensor,   # (r, k) orthonormal columns; their dtype is the working precision
           z: torch.Tensor,   # (k,), or (B, 1, k) for y of (B, T, r): one factor per direction
           b: torch.Tensor = None,  # (r,) a bias that is part of y and shall not be scaled
@@ -41,11 +41,12 @@ def svf_linear(x: torch.Tensor,         # (..., n) input
     return y if b is None else y + b
 
 # %% ../nbs/01_svf.ipynb #9375577b
-def compose(W: torch.Tensor,   # (m, n) weight; it is left as it is
-            z: torch.Tensor,   # (k,)
-            Q: torch.Tensor,   # (r, k) basis of W's smaller side, or Factors; its dtype is the working precision
-           ) -> torch.Tensor:  # (m, n) W' in W's dtype; differentiable in z
-    "W' = W + Q diag(z - 1) Qᵀ W (left) or W + W Q diag(z - 1) Qᵀ (right), by whichever product order is cheaper."
+def compose(
+    W: torch.Tensor,  # (m, n) weight; it is left as it is
+    z: torch.Tensor,  # (k,)
+    Q: torch.Tensor,  # (r, k) basis of W's smaller side, or Factors; in the working precision
+) -> torch.Tensor:  # (m, n) W' in W's dtype; differentiable in z
+    "W' = W + Q diag(z - 1) Qᵀ W (left) or W + W Q diag(z - 1) Qᵀ (right)."
     Q = _basis(Q)
     left, A, d = side_of(W.shape) == "left", W.to(Q.dtype), (z - 1).to(Q.dtype)
     (p, k), q = Q.shape, max(W.shape)
@@ -82,14 +83,17 @@ def gain(S: torch.Tensor,   # (k,) singular values that z scales
     return torch.where(norm > 0, S.sum() / norm.clamp(min=torch.finfo(norm.dtype).tiny), 1.0)
 
 # %% ../nbs/01_svf.ipynb #27fbf9ea
-def effective(p: torch.Tensor,                      # (..., k) what the optimizer holds
-              parametrization: str = "linear",      # "linear": z = p; "sigmoid": z = sigmoid(p), as the official code
-              S: torch.Tensor = None,               # (k,) singular values; needed to preserve the nuclear norm
-              preserve_nuclear_norm: bool = False,  # multiply z by gain(S, z)
-             ) -> torch.Tensor:                     # (..., k) what multiplies the singular values
+def effective(
+    p: torch.Tensor,                      # (..., k) what the optimizer holds
+    parametrization: str = "linear",      # "linear": z = p; "sigmoid": z = sigmoid(p)
+    S: torch.Tensor = None,               # (k,) singular values, to preserve the norm
+    preserve_nuclear_norm: bool = False,  # multiply z by gain(S, z)
+) -> torch.Tensor:  # (..., k) what multiplies the singular values
     "From learned parameters to effective z."
-    if parametrization not in ("linear", "sigmoid"): raise ValueError(f'parametrization is "linear" or "sigmoid", not {parametrization!r}')
-    if preserve_nuclear_norm and S is None: raise ValueError("preserve_nuclear_norm needs the singular values S")
+    if parametrization not in ("linear", "sigmoid"):
+        raise ValueError(f'parametrization is "linear" or "sigmoid", not {parametrization!r}')
+    if preserve_nuclear_norm and S is None:
+        raise ValueError("preserve_nuclear_norm needs the singular values S")
     z = p if parametrization == "linear" else p.sigmoid()
     return gain(S, z) * z if preserve_nuclear_norm else z
 
@@ -102,12 +106,15 @@ def usable(z: torch.Tensor,  # (k,) effective z
     return bool((z.detach().abs() >= Z_MIN).all())
 
 # %% ../nbs/01_svf.ipynb #d9a5fe80
-def grad_from_square(M: torch.Tensor,   # (r, r) Σ g yᵀ with y = W'x without bias (left), or Σ x (W'ᵀg)ᵀ (right)
-                     Q: torch.Tensor,   # (r, k) basis in M's dtype, or Factors
-                     z: torch.Tensor,   # (k,) effective z inside W'
-                    ) -> torch.Tensor:  # (k,) dL/dz = diag(QᵀMQ) / z
+def grad_from_square(
+    M: torch.Tensor,  # (r, r) Σ g yᵀ with y = W'x without bias (left), or Σ x (W'ᵀg)ᵀ (right)
+    Q: torch.Tensor,  # (r, k) basis in M's dtype, or Factors
+    z: torch.Tensor,  # (k,) effective z inside W'
+) -> torch.Tensor:  # (k,) dL/dz = diag(QᵀMQ) / z
     "The gradient of the effective z from the small square that a fused step gathers."
-    if not usable(z): raise ValueError(f"|z| is down to {z.detach().abs().min():.1e}, below {Z_MIN}: use the additive form for this matrix")
+    if not usable(z):
+        raise ValueError(f"|z| is down to {z.detach().abs().min():.1e}, below {Z_MIN}: "
+                         "use the additive form for this matrix")
     Q = _basis(Q)
     return ((M @ Q) * Q).sum(0) / z.detach()
 
@@ -117,7 +124,8 @@ class Cost(NamedTuple):
     once: int      # operations per step that do not depend on the number of tokens
     forward: int   # operations of the forward pass over all tokens
     backward: int  # operations of the backward pass: gradients of the input and of the parameters
-    held: int      # numbers held beside the m × n of W: factors, copies, gradients (activations not counted)
+    # numbers held beside the m × n of W: factors, copies, gradients (activations not counted)
+    held: int
 
     @property
     def step(self): return self.once + self.forward + self.backward
@@ -140,42 +148,56 @@ def costs(m: int, n: int,      # shape of the weight
             "fused": Cost(build + 2 * p * p * k, dense, dense + square, p * k + p * q + p * p)}
 
 # %% ../nbs/01_svf.ipynb #35dc2c17
-_BLOCK = dict(mlp=r"mlp|ffn?|feed_forward|block_sparse_moe|experts?|shared_expert", attention=r"\w*attn|\w*attention")
-_LEAF = dict(mlp="gate_proj|up_proj|down_proj|gate_up_proj|fc1|fc2|c_fc|w1|w2|w3|dense_h_to_4h|dense_4h_to_h",
-             attention="q_proj|k_proj|v_proj|o_proj|qkv_proj|out_proj|c_attn|query_key_value")
+_BLOCK = dict(mlp=r"mlp|ffn?|feed_forward|block_sparse_moe|experts?|shared_expert",
+              attention=r"\w*attn|\w*attention")
+_LEAF = dict(
+    mlp="gate_proj|up_proj|down_proj|gate_up_proj|fc1|fc2|c_fc|w1|w2|w3"
+        "|dense_h_to_4h|dense_4h_to_h",
+    attention="q_proj|k_proj|v_proj|o_proj|qkv_proj|out_proj|c_attn|query_key_value",
+)
 _HEAD, _ROUTER = r"lm_head|embed_\w+|wte|wpe|score|classifier", r"gate|router|shared_expert_gate"
 
-def is_target(name: str,                    # dotted name of a linear layer
-              target_modules="all-linear",  # "mlp", "attention", "all-linear", a name or its suffix, or a list of these
-             ) -> bool:
-    "Whether a linear layer is meant by `target_modules`. Heads and embeddings belong to no shorthand, routers of experts not to \"mlp\"."
+def is_target(
+    name: str,                    # dotted name of a linear layer
+    target_modules="all-linear",  # "mlp", "attention", "all-linear", a name, its end, or a list
+) -> bool:
+    "Whether `target_modules` means a layer; no shorthand means a head, and \"mlp\" no router."
     if not isinstance(target_modules, str): return any(is_target(name, t) for t in target_modules)
-    if target_modules not in ("mlp", "attention", "all-linear"): return name == target_modules or name.endswith("." + target_modules)
+    if target_modules not in ("mlp", "attention", "all-linear"):
+        return name == target_modules or name.endswith("." + target_modules)
     leaf = name.split(".")[-1]
     if re.fullmatch(_HEAD, leaf): return False
     if target_modules == "all-linear": return True
     if re.fullmatch(_ROUTER, leaf): return False
-    return bool(re.search(rf"(^|\.)({_BLOCK[target_modules]})\.|(^|\.)({_LEAF[target_modules]})$", name))
+    return bool(
+        re.search(rf"(^|\.)({_BLOCK[target_modules]})\.|(^|\.)({_LEAF[target_modules]})$", name)
+    )
 
 # %% ../nbs/01_svf.ipynb #561bc36f
 def linear_shapes(model: torch.nn.Module,  # any model, also one on the meta device
                  ) -> dict:                # dotted name -> (m, n) = (outputs, inputs)
-    "The shapes of a model's linear layers: nn.Linear and its subclasses, and transformers' Conv1D (stored transposed)."
+    "The shapes of a model's linear layers: every nn.Linear, and transformers' Conv1D."
     def shape(mod):
         if isinstance(mod, torch.nn.Linear): return mod.out_features, mod.in_features
         if type(mod).__name__ == "Conv1D": return tuple(mod.weight.shape)[::-1]
     return {name: s for name, mod in model.named_modules() if (s := shape(mod))}
 
 # %% ../nbs/01_svf.ipynb #e7cb1e6d
-def n_params(model_or_shapes,              # nn.Module (also on "meta"), dict of name -> (m, n), or a list of (m, n)
-             target_modules="all-linear",  # as for is_target; a list of shapes is counted whole
-             method: str = "svf",          # "svf": min(m, n) per matrix; "lora": r (m + n)
-             r: int = 16,                  # rank of LoRA
-             rank: int = None,             # SVF's rank=k; None learns all of them
-            ) -> int:
+def n_params(
+    model_or_shapes,              # nn.Module (also on "meta"), {name: (m, n)}, or a list of (m, n)
+    target_modules="all-linear",  # as for is_target; a list of shapes is counted whole
+    method: str = "svf",          # "svf": min(m, n) per matrix; "lora": r (m + n)
+    r: int = 16,                  # rank of LoRA
+    rank: int = None,             # SVF's rank=k; None learns all of them
+) -> int:
     "How many numbers an adapter would learn, from shapes alone."
     if method not in ("svf", "lora"): raise ValueError(f'method is "svf" or "lora", not {method!r}')
-    shapes = linear_shapes(model_or_shapes) if isinstance(model_or_shapes, torch.nn.Module) else model_or_shapes
-    if isinstance(shapes, dict): shapes = [s for name, s in shapes.items() if is_target(name, target_modules)]
+    shapes = (
+        linear_shapes(model_or_shapes)
+        if isinstance(model_or_shapes, torch.nn.Module)
+        else model_or_shapes
+    )
+    if isinstance(shapes, dict):
+        shapes = [s for name, s in shapes.items() if is_target(name, target_modules)]
     if not shapes: raise ValueError(f"no linear layer matches target_modules={target_modules!r}")
     return sum(min(m, n, rank or m) if method == "svf" else r * (m + n) for m, n in shapes)
