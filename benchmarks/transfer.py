@@ -13,9 +13,10 @@ test items of a task and compared with the target's own base item by item. Six p
     shuffles   more shuffles (20 in all) onto A-sibling and B, on the expert's own skill.
     mix        few-shot search (10 shots) over the target's own experts, A's (ordered), both, and its own beside shuffled ones.
     home       stability of A's experts on A itself.
-    null       200 shuffles of every expert onto A-sibling and B (the first 20 are those of `shuffles`), on the first 198 questions of its own
+    null       200 shuffles of every expert onto A-sibling and B (the first 20 are those of `shuffles`), on the first 501 or 251 questions of its own
                skill, each with its centred cosine: the sample from which the permutation test draws.
     real       kinship of a real checkpoint (stories260k) with what became of it: rounded to 4 bits, disturbed by noise, trained on other text.
+               With `--folders A B` that of any two checkpoints on disk; with `--folders A` that of one checkpoint's layers with each other.
 
 `null` and `real` change only their own tables of the record, and leave the rest as it is.
 
@@ -49,7 +50,7 @@ NEW_TEXT, STEPS, SNAPSHOTS, LR = {"A-sibling": 202, "A": 201}, 200, (0, 50, 100,
 SEARCH = dict(generations=6, population=20)
 OWN = {"A-sibling": SKILLS, "B": ("math", "code")}   # B never learned logic
 PARTS = ["carry", "train", "stability", "shuffles", "mix", "home"]
-DRAWS, QUESTIONS = 200, 198                          # of `null`
+DRAWS, QUESTIONS = 200, {"A-sibling": 501, "B": 251} # of `null`
 
 
 class Book:
@@ -220,28 +221,44 @@ def numbers(skill: str) -> tuple: # ({matrix: d}, {matrix: Q}) of an expert of A
 
 
 @torch.no_grad()
-def null_case(skill: str, target: str, d: dict, Q: dict) -> dict:
-    "Right answers and centred cosine of the ordered expert and of every shuffle, on plain weights"
+def null_piece(skill: str, target: str, draws: range) -> dict:
+    "Right answers and centred cosine of the ordered expert and of some shuffles, on plain weights"
     model, plain, task = lab.load(target)[0], lab.load(target)[0], lab.tasks()[skill]
+    d, Q = numbers(skill)
     modules, weights = dict(model.named_modules()), {n: m.weight for n, m in plain.named_modules() if n in d}
     R = {n: decompose(modules[n].weight.detach()).Q for n in d}
     O2 = {n: overlap(Q[n], R[n]) for n in d}
     centred = {n: v - v.mean() for n, v in d.items()}
     size = sum(v.square().sum() for v in centred.values())
+    n = QUESTIONS[target]
+    ask = lambda m: evaluate(m, TOKENS, task, limit=n, batch_size=n, progress=False).correct
     def one(how: str, seed: int = 0) -> tuple:
         g = torch.Generator().manual_seed(seed)
         e = {n: move(v, len(v), how, g) for n, v in d.items()}
         for n, v in e.items(): weights[n].copy_(compose(modules[n].weight, 1 + v, R[n]))
         cosine = sum(centred[n] @ O2[n] @ (v - v.mean()) for n, v in e.items()) / size
-        return evaluate(plain, TOKENS, task, limit=QUESTIONS, batch_size=QUESTIONS, progress=False).correct, round(cosine.item(), 4)
-    base = evaluate(model, TOKENS, task, limit=QUESTIONS, batch_size=QUESTIONS, progress=False).correct
-    (ordered, cosine), drawn = one("ordered"), [one("shuffled", s) for s in range(DRAWS)]
-    return dict(n=QUESTIONS, base=base, ordered=ordered, cosine=cosine, shuffled=[c for c, _ in drawn], cosines=[x for _, x in drawn])
+        return ask(plain), round(cosine.item(), 4)
+    base = ask(model)
+    (ordered, cosine), drawn = one("ordered"), [one("shuffled", s) for s in draws]
+    return dict(n=n, base=base, ordered=ordered, cosine=cosine,
+                shuffled=[c for c, _ in drawn], cosines=[x for _, x in drawn])
 
 
-def null(work: Path) -> dict:
-    done = Work(work / "null")
-    return {t: {s: done.do(f"{t}_{s}", lambda: null_case(s, t, *numbers(s))) for s in SKILLS} for t in ("A-sibling", "B")}
+def null_case(done: Work, skill: str, target: str) -> dict:
+    "All shuffles of one transfer, from pieces of 40"
+    pieces = [done.do(f"{target}_{skill}_{QUESTIONS[target]}_{i}",
+                      lambda: null_piece(skill, target, range(i, min(i + 40, DRAWS)))) for i in range(0, DRAWS, 40)]
+    same = {k: pieces[0][k] for k in ("n", "base", "ordered", "cosine")}
+    if any(p[k] != v for p in pieces for k, v in same.items()):
+        raise ValueError(f"{target}, {skill}: pieces were made by different code or weights: remove {done.folder}")
+    return same | {k: [x for p in pieces for x in p[k]] for k in ("shuffled", "cosines")}
+
+
+def null(work: Path, only: list[str] | None = None) -> dict:
+    "{target: {expert: its 200 shuffles}}; `only` names one target and one expert"
+    done, (target, skill) = Work(work / "null"), only or (None, None)
+    return {t: {s: null_case(done, s, t) for s in SKILLS if skill in (None, s)}
+            for t in ("A-sibling", "B") if target in (None, t)}
 
 
 def four_bits(W: torch.Tensor, group: int = 32) -> torch.Tensor:
@@ -279,17 +296,55 @@ def relatives(folder: str) -> dict: # {what became of it: model}
     return {"itself": new()} | out
 
 
+def bases_of(model, part: str = "") -> dict: # {matrix: Q}
+    "Singular bases of the linear layers inside the blocks"
+    inside = {n: m.weight.detach().float() for n, m in model.named_modules()
+              if isinstance(m, torch.nn.Linear) and ".layers." in f".{n}" and part in f".{n}."}
+    return {n: decompose(w).Q for n, w in inside.items()}
+
+
+def thirds(pairs: list) -> dict: # pairs of bases of equal shape
+    "Mean |u . u'| of the strongest, middle and weakest third of directions, and what chance gives"
+    cosines = [torch.tensor_split((a * b).sum(0).abs(), 3) for a, b in pairs]
+    mean = lambda xs: round(sum(xs) / len(xs), 4)
+    return dict(thirds=[mean(torch.cat([c[i] for c in cosines]).tolist()) for i in range(3)],
+                chance=mean([(2 / (math.pi * len(a))) ** .5 for a, _ in pairs]), matrices=len(pairs))
+
+
 def real(folder: Path) -> dict:
-    "{relative: mean kinship of the strongest, middle and weakest third of directions, chance, size of the change}"
-    first, out = None, {}
+    "{relative: kinship with it, size of the change}"
+    norm = lambda ws: sum(w.norm() ** 2 for w in ws.values()) ** .5
+    first, Q, out = None, None, {}
     for name, model in relatives(str(folder)).items():
         W = {n: m.weight.detach() for n, m in model.named_modules() if n.endswith("_proj")}
-        Q = {n: decompose(w).Q for n, w in W.items()}
-        first = first or (W, Q)
-        def part(i): return [x for n in Q for x in torch.tensor_split((Q[n] * first[1][n]).sum(0).abs(), 3)[i].tolist()]
-        change = sum((W[n] - first[0][n]).norm() ** 2 for n in W) ** .5 / sum(w.norm() ** 2 for w in first[0].values()) ** .5
-        out[name] = dict(thirds=[round(sum(x) / len(x), 4) for x in map(part, range(3))], change=round(change.item(), 4),
-                         chance=round(sum((2 / (math.pi * len(q))) ** .5 for q in Q.values()) / len(Q), 4))
+        R = {n: decompose(w).Q for n, w in W.items()}
+        first, Q = first or W, Q or R
+        change = norm({n: W[n] - first[n] for n in W}) / norm(first)
+        out[name] = thirds([(Q[n], R[n]) for n in Q]) | dict(change=round(change.item(), 4))
+    return out
+
+
+def read(folder) -> torch.nn.Module:
+    from transformers import AutoModelForCausalLM
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+
+
+def kin_of(a, b) -> dict: # two folders of checkpoints
+    "Kinship of two checkpoints, over the matrices that both have in one shape"
+    A, B = (bases_of(read(f)) for f in (a, b))
+    both = [n for n in A if n in B and A[n].shape == B[n].shape]
+    if not both: raise ValueError(f"{a} and {b} have no matrix in common: kinship needs one architecture")
+    return thirds([(A[n], B[n]) for n in both]) | dict(left_out=len(A) - len(both))
+
+
+def kin_of_layers(folder) -> dict: # {how far apart: kinship}
+    "Kinship of the same matrix in two blocks of one checkpoint"
+    Q, out = bases_of(read(folder)), {}
+    block = lambda n: int(n.split("layers.")[1].split(".")[0])
+    last = max(map(block, Q))
+    for gap in sorted({1, 2, max(last // 2, 1)}):
+        there = lambda n: n.replace(f"layers.{block(n)}.", f"layers.{block(n) + gap}.")
+        out[f"{gap} apart"] = thirds([(Q[n], Q[there(n)]) for n in Q if there(n) in Q])
     return out
 
 
@@ -328,11 +383,23 @@ def write(path: Path, facts: dict, tables: dict) -> None:
     path.write_text("{\n" + ",\n".join(body) + "\n}\n")
 
 
+def real_part(a, known: dict) -> dict:
+    "The table `real`, with what was asked for added"
+    done = Work(a.work / "real")
+    if not a.folders: return known | done.do("stories260k", lambda: dict(stories260k=real(a.data / "stories260k")))
+    name = " and ".join(Path(f).name for f in a.folders)
+    one, two = len(a.folders) == 1, lambda: dict(kinship=kin_of(*a.folders))
+    found = done.do(name.replace(" ", "_"), (lambda: kin_of_layers(*a.folders)) if one else two)
+    print(name, json.dumps(found))
+    return known | {name: found}
+
+
 def alone(a) -> None:
     "The parts that change their own table only"
+    if a.only: return null(a.work, a.only)               # its pieces; the record is written when all are there
     record = json.loads(a.out.read_text())
     if "null" in a.parts: record["null"] = null(a.work)
-    if "real" in a.parts: record["real"] = Work(a.work / "real").do("stories260k", lambda: real(a.data / "stories260k"))
+    if "real" in a.parts: record["real"] = real_part(a, record.get("real", {}))
     tables = {k: record.pop(k) for k in [*record] if isinstance(record[k], (list, dict)) and k not in FACTS}
     write(a.out, record, tables)
 
@@ -362,6 +429,8 @@ if __name__ == "__main__":
     p.add_argument("--parts", nargs="+", default=PARTS, choices=[*PARTS, "null", "real"])
     p.add_argument("--shot-seeds", type=int, default=3); p.add_argument("--shuffles", type=int, default=20)
     p.add_argument("--work", type=Path, default=Path("runs/transfer"), help="finished evaluations, snapshots and trained experts")
+    p.add_argument("--only", nargs=2, metavar=("TARGET", "EXPERT"), help="`null` of one transfer, without writing the record")
+    p.add_argument("--folders", nargs="+", help="`real`: one checkpoint, whose layers are compared; or two, which are compared with each other")
     p.add_argument("--data", type=Path, default=Path(os.environ.get("TRANSFORMER2_DATA", "../shared/data")), help="published data, for `real`")
     p.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "transfer.json")
     main(p.parse_args())

@@ -309,6 +309,12 @@ def test_auto_resumes_bit_for_bit(tmp_path):
     assert all(m["step_kl"] <= 1.5 * .004 for m in whole.metrics[1:]) and len({m["lr"] for m in whole.metrics[1:]}) < 4
 
 
+def test_a_step_whose_kl_is_rounded_below_zero_stays(monkeypatch, tmp_path):
+    monkeypatch.setattr(reinforce, "moved", lambda run, before: -1e-10)
+    history = train(tmp_path / "run", lr="auto", steps=2)
+    assert [m["step_kl"] for m in history.metrics[1:]] == [0., 0.]
+
+
 @pytest.mark.parametrize("kw", [dict(), dict(kl=0.), dict(kl=0., track_kl=False), dict(kl_of="base", reduction="token"), dict(kl_path=False, temperature=.7)], ids=str)
 @pytest.mark.parametrize("fused", [True, False])
 def test_the_loss_in_pieces_is_the_loss(kw, fused, monkeypatch):

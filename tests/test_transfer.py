@@ -1,5 +1,5 @@
 """What a reader of room 13 need not see: what each way keeps, what a refusal leaves behind, and the record's own consistency."""
-import json
+import importlib.util, json, sys
 from pathlib import Path
 
 import pytest, torch
@@ -11,7 +11,8 @@ from transformer2_nbdev.adapter import SvfConfig, svf_layers, zs
 from transformer2_nbdev.evaluate import bootstrap, mcnemar
 from transformer2_nbdev.transfer import HOWS, alike, kinship, transfer
 
-RECORD = Path(__file__).resolve().parent.parent / "benchmarks" / "results" / "transfer.json"
+ROOT = Path(__file__).resolve().parent.parent
+RECORD = ROOT / "benchmarks" / "results" / "transfer.json"
 
 
 def llama(seed=0, **kw):
@@ -102,3 +103,49 @@ def test_the_record_is_complete_and_consistent():
         for s in lab.TRAINED:
             for seed in range(seeds):
                 assert {x["task"] for x in table("carry") if (x["target"], x["expert"], x["how"], x["seed"]) == (target, s, how, seed)} == tasks, (target, s, how, seed)
+
+
+@pytest.fixture(scope="module")
+def script():
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    spec = importlib.util.spec_from_file_location("transfer_script", ROOT / "benchmarks" / "transfer.py")
+    spec.loader.exec_module(m := importlib.util.module_from_spec(spec))
+    sys.path.remove(str(ROOT / "benchmarks"))
+    return m
+
+
+def test_shuffles_in_pieces_are_the_shuffles_of_the_library(script, tmp_path, monkeypatch):
+    monkeypatch.setattr(script, "DRAWS", 42)
+    monkeypatch.setattr(script, "QUESTIONS", {"A-sibling": 12})
+    done = script.Work(tmp_path)
+    case = script.null_case(done, "math", "A-sibling")
+    assert len(case["shuffled"]) == len(case["cosines"]) == 42 and len(list(tmp_path.glob("*.json"))) == 2
+    source = script.expert("math")
+    for seed in (0, 41):
+        model = transfer("math", source, lab.load("A-sibling")[0], "shuffled", seed, adapter_name="math").eval()
+        assert alike(source, model, "math", "math")[1] == pytest.approx(case["cosines"][seed], abs=2e-4)
+        assert script.evaluate(model, script.TOKENS, lab.tasks()["math"], limit=12, progress=False).correct == case["shuffled"][seed]
+    monkeypatch.setattr(script, "null_piece", None)                 # nothing is made twice
+    assert script.null_case(done, "math", "A-sibling") == case
+    piece = next(tmp_path.glob("*_40.json"))
+    piece.write_text(json.dumps(json.loads(piece.read_text()) | dict(base=-1)))
+    with pytest.raises(ValueError, match="pieces were made by different code"): script.null_case(done, "math", "A-sibling")
+
+
+def test_kinship_of_folders(script, tmp_path):
+    for name, seed in dict(a=0, b=1).items(): llama(seed).save_pretrained(tmp_path / name)
+    llama(0, num_hidden_layers=3).save_pretrained(tmp_path / "deeper")
+    llama(0, hidden_size=64, intermediate_size=80).save_pretrained(tmp_path / "other")
+    one, two = script.kin_of(tmp_path / "a", tmp_path / "a"), script.kin_of(tmp_path / "a", tmp_path / "b")
+    assert min(one["thirds"]) > .999 and one["matrices"] == 14 and max(two["thirds"]) < 2 * two["chance"]
+    assert script.kin_of(tmp_path / "deeper", tmp_path / "a")["left_out"] == 7
+    with pytest.raises(ValueError, match="no matrix in common"): script.kin_of(tmp_path / "a", tmp_path / "other")
+    between = script.kin_of_layers(tmp_path / "deeper")
+    assert between["1 apart"]["matrices"] == 14 and between["2 apart"]["matrices"] == 7
+    assert max(between["1 apart"]["thirds"]) < 2 * between["1 apart"]["chance"]
+    out = tmp_path / "record.json"
+    out.write_text(RECORD.read_text())
+    a = script.argparse.Namespace(parts=["real"], only=None, out=out, work=tmp_path / "work", data=None, folders=[str(tmp_path / n) for n in "ab"])
+    script.alone(a)
+    now, before = json.loads(out.read_text()), json.loads(RECORD.read_text())
+    assert now["real"]["a and b"] == dict(kinship=two) and {k: v for k, v in now.items() if k != "real"} == {k: v for k, v in before.items() if k != "real"}

@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['SHORTHANDS', 'FAMILIES', 'FORMS', 'SvfType', 'SvfConfig', 'check_config', 'block_index', 'linear_names', 'is_linear',
            'part_of', 'chosen', 'stacks', 'warn_of_stacks', 'resolve_targets', 'shortened', 'is_conv1d', 'weight_of',
-           'make_basis', 'basis', 'knobs', 'offset', 'offsets', 'delta', 'additive', 'per_sample', 'save_base',
-           'rounding', 'restore_base', 'merged_weight', 'SvfLayer', 'reset_d', 'Mergeable', 'SvfLinear', 'svf_layers',
-           'zs', 'shared_weights', 'check_unshared', 'warn_of_rounding', 'check_not_compiled', 'rows_in_place',
-           'mixed_batch', 'check_batch', 'mix_layer', 'check_names', 'as_weights', 'add_weighted_adapter',
-           'joint_config', 'base_tag', 'shape_tag', 'check_shapes', 'check_weights', 'base_tags', 'record_of',
-           'as_stored_now', 'new_layer', 'name_fault', 'safe_name', 'check_name', 'Keeping', 'SvfModel', 'check_before',
-           'place']
+           'loaded', 'make_basis', 'basis', 'knobs', 'offset', 'offsets', 'delta', 'additive', 'per_sample',
+           'save_base', 'rounding', 'restore_base', 'merged_weight', 'SvfLayer', 'reset_d', 'Mergeable', 'SvfLinear',
+           'svf_layers', 'zs', 'shared_weights', 'check_unshared', 'warn_of_rounding', 'check_not_compiled',
+           'rows_in_place', 'mixed_batch', 'check_batch', 'mix_layer', 'check_names', 'as_weights',
+           'add_weighted_adapter', 'joint_config', 'base_tag', 'shape_tag', 'check_shapes', 'check_weights',
+           'base_tags', 'record_of', 'as_stored_now', 'new_layer', 'name_fault', 'safe_name', 'check_name', 'Keeping',
+           'SvfModel', 'check_at_hand', 'check_before', 'place']
 
 # %% ../nbs/02_adapter.ipynb #eb958fd0
 import copy, re, warnings
@@ -26,8 +26,7 @@ from peft import PeftConfig
 from peft.mapping import (PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING,
                           PEFT_TYPE_TO_TUNER_MAPPING)
 from peft.tuners.tuners_utils import (BaseTuner, BaseTunerLayer, _get_in_out_features,
-                                      check_adapters_to_merge, check_target_module_exists,
-                                      onload_layer)
+                                      check_adapters_to_merge, check_target_module_exists)
 from peft.utils import AuxiliaryTrainingWrapper, resolve_quantization_backend
 from torch import nn
 from transformers.pytorch_utils import Conv1D
@@ -199,10 +198,23 @@ def weight_of(layer: BaseTunerLayer # a PEFT layer around a Linear, Conv1D or qu
     W = layer._base if aside else layer.get_base_weight()
     return W.T if is_conv1d(layer) else W
 
+# %% ../nbs/02_adapter.ipynb #37f5cb28
+@contextmanager
+def loaded(layer: BaseTunerLayer) -> Iterator[None]:
+    "Inside, the base weight is at hand, wherever `device_map` has put it"
+    base = layer.get_base_layer()
+    hook = getattr(base, "_hf_hook", None)
+    if not getattr(hook, "offload", False):
+        yield
+        return
+    hook.pre_forward(base)
+    try: yield
+    finally: hook.post_forward(base, None)
+
 def make_basis(layer: BaseTunerLayer, k: int | None, cache_dir: str | None) -> None:
     "Give `layer` at least `k` columns of Q (None: all), decomposing unless they are there already"
     if layer.svf_Q is not None and layer.svf_Q.shape[1] >= (k or layer.svf_Q.shape[0]): return
-    with onload_layer(layer), torch.no_grad():
+    with loaded(layer), torch.no_grad():
         W = weight_of(layer)
         f = cached_decompose(W, cache_dir)
     dtype = layer.quantization_backend and getattr(layer.get_base_layer(), "compute_dtype", None)
@@ -314,6 +326,7 @@ class SvfLayer(BaseTunerLayer):
         self._base, self.merge_error = None, 0.0 # the original weight, while merged; see `rounding`
         self._step = self._mix = None   # a step in place; rows of d in place
         self._mixed = False             # whether the last forward with a gradient had rows
+        self._tag = None                # the `base_tag` of a weight that is spread over processes
         self.in_features, self.out_features = _get_in_out_features(self.get_base_layer())
 
     def update_layer(self, name: str, config: SvfConfig, inference_mode: bool = False) -> None:
@@ -323,7 +336,8 @@ class SvfLayer(BaseTunerLayer):
         k = self.svf_Q.shape[0] if config.rank is None else min(config.rank, self.svf_Q.shape[0])
         self.svf_d[name] = nn.Parameter(torch.empty(k, dtype=torch.float32))
         reset_d(self.svf_d[name], config)
-        self._move_adapter_to_device_of_base_layer(name)
+        offloaded = self.get_base_layer().weight.is_meta
+        self._move_adapter_to_device_of_base_layer(name, self.svf_Q.device if offloaded else None)
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
 
 # %% ../nbs/02_adapter.ipynb #ce0bb5bd
@@ -579,8 +593,10 @@ def joint_config(model: "SvfModel", adapters: list[str],
 def base_tag(layer: SvfLayer) -> str: # "m x n : 16 hex digits"
     "Shape and fingerprint of the base weight an adapter sits on"
     if layer.quantization_backend is not None: return f"{shape_tag(layer)}:quantised"
-    with onload_layer(layer): W = weight_of(layer)
-    return f"{shape_tag(layer)}:{'meta' if W.is_meta else fingerprint(W)}"
+    if layer._tag: return layer._tag
+    with loaded(layer): W = weight_of(layer)
+    absent = W.is_meta or hasattr(W, "full_tensor")   # no weight, or FSDP's share of one
+    return f"{shape_tag(layer)}:{'meta' if absent else fingerprint(W)}"
 
 def shape_tag(layer: nn.Module) -> str | None: # "m x n"; None for a module that is no linear layer
     "Shape of a linear layer's matrix, adapted or not, quantised or not"
@@ -726,11 +742,25 @@ class SvfModel(Keeping, BaseTuner):
         self._bar.update()
 
 # %% ../nbs/02_adapter.ipynb #2bf3d07f
+def check_at_hand(model: nn.Module) -> None:
+    "Refuse an offloaded base whose weights nobody fetches any more"
+    where = {n: str(d) for n, d in (getattr(model, "hf_device_map", None) or {}).items()}
+    alone = set(where.values()) <= {"cpu", "disk"}                # no accelerator: cpu is home
+    away = tuple(f"{n}." for n, d in where.items() if d in (("disk",) if alone else ("disk", "cpu")))
+    for n, m in model.named_modules():
+        if not f"{n}.".startswith(away) or not isinstance(m, nn.Linear): continue
+        if getattr(getattr(m, "_hf_hook", None), "offload", False): return
+        raise ValueError(f"{n} is offloaded and cannot be read here: PeftModel.from_pretrained "
+                         "takes the hooks of device_map away; wrap the base by get_peft_model(base,"
+                         " SvfConfig.from_pretrained(folder)), then load_adapter(folder, 'expert')")
+
+# %% ../nbs/02_adapter.ipynb #6efe5b2e
 def check_before(model: nn.Module, adapter_name: str, config: SvfConfig
                 ) -> dict[str, str]: # the record of the base, as the config brought it
     "Everything that can be refused before a model is touched"
     check_name(adapter_name)
     check_not_compiled(model)
+    check_at_hand(model)
     made_for = record_of(config)
     check_shapes(adapter_name, made_for, model)
     return made_for
@@ -741,7 +771,9 @@ def place(model: SvfModel, config, name, target, target_name, parent, key) -> No
         return target.update_layer(name, config, inference_mode=config.inference_mode)
     new = new_layer(target, name, config, key)
     if name not in model.active_adapters: new.requires_grad_(False)
+    d = new.svf_d[name]
     model._replace_module(parent, target_name, new, target)
+    if new.svf_d[name].is_meta: new.svf_d[name] = d    # the weight is offloaded, its knobs are not
 
 # %% ../nbs/02_adapter.ipynb #f56e7688
 PEFT_TYPE_TO_CONFIG_MAPPING["SVF"] = SvfConfig

@@ -122,6 +122,9 @@ def obstacle(layer: SvfLayer) -> str | None: # the reason, with {name} for the m
         return "fused cannot be used inside mixture, where every sample has its own W'"
     if layer._step is not None:
         return "fused is already active: leave the step before entering the next"
+    if hasattr(layer.get_base_layer().weight, "full_tensor"):      # FSDP's
+        return ("fused cannot write W' into {name}: its weight is spread over processes (FSDP); "
+                "train with the additive form")
     if layer.get_base_layer().weight.is_meta:
         return "fused cannot write W' into {name}: its weight is on the meta device or offloaded"
 

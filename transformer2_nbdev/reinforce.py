@@ -6,13 +6,13 @@
 __all__ = ['PAPER', 'OFFICIAL', 'CHOICES', 'AT_LEAST', 'ABOVE', 'STATE', 'FREE', 'advantages', 'kl_to_go', 'reference',
            'policy_loss', 'setting', 'AskConfig', 'ObjectiveConfig', 'ReinforceConfig', 'rate_of', 'check_config',
            'check_sampling', 'Run', 'snapshot', 'restore', 'begin', 'seed_of', 'batch_rows', 'chunks', 'world',
-           'join_world', 'exchange', 'sum_gradients', 'collect', 'judged', 'autocast', 'in_mode', 'micro_batches',
-           'learn', 'add_sums', 'pays', 'stepping', 'mean', 'some_rows', 'policy_step', 'pace', 'Diverged', 'update',
-           'adam', 'moved', 'trusted', 'probe', 'val_plan', 'validate', 'score', 'validations', 'best_step', 'stale',
-           'one_step', 'until_interrupted', 'loop', 'History', 'plot_history', 'write', 'save_state', 'save_metrics',
-           'load_state', 'disk_errors', 'save_adapter', 'check_run', 'check_model', 'check_folder', 'start', 'summary',
-           'scalar_writer', 'write_down', 'record', 'finish', 'go', 'rescue', 'train_expert', 'gold_batch',
-           'answer_step', 'sft']
+           'join_world', 'exchange', 'sum_gradients', 'together', 'frozen_digest', 'share', 'turns', 'idle', 'collect',
+           'judged', 'autocast', 'in_mode', 'micro_batches', 'learn', 'add_sums', 'pays', 'stepping', 'mean',
+           'some_rows', 'policy_step', 'pace', 'Diverged', 'update', 'adam', 'moved', 'trusted', 'probe', 'val_plan',
+           'validate', 'score', 'validations', 'best_step', 'stale', 'one_step', 'until_interrupted', 'loop', 'History',
+           'plot_history', 'write', 'save_state', 'save_metrics', 'load_state', 'disk_errors', 'save_adapter',
+           'check_run', 'check_model', 'check_folder', 'start', 'summary', 'scalar_writer', 'write_down', 'record',
+           'finish', 'go', 'rescue', 'train_expert', 'gold_batch', 'answer_step', 'sft']
 
 # %% ../nbs/09_reinforce.ipynb #07c6dcfd
 import hashlib, importlib.util, io, json, math, os, random, re, shlex, signal, sys, tempfile
@@ -28,14 +28,14 @@ from torch.nn.functional import pad
 from tqdm.auto import tqdm
 
 from . import progress_bar
-from .adapter import svf_layers
+from .adapter import base_tag, svf_layers
 from .fused import can_fuse, check_fused, fused
 from .evaluate import (append_lines, base_name, check_writable, is_part, item_id,
                                          licence_of, make_result, model_card, peak_memory, save,
                                          sweep_up, versions, write_atomic)
 from .rollout import (Rollouts, check_room, encode, eos_ids, forked_rng, hidden,
                                         inner, items_of, kl_per_token, pad_id, pad_left, places,
-                                        rollout, token_logprobs, undisturbed)
+                                        rollout, spread, token_logprobs, undisturbed)
 from .tasks import Task, render
 
 # %% ../nbs/09_reinforce.ipynb #1c0ac679
@@ -267,7 +267,7 @@ def restore(run: Run, values: dict) -> None:
 # %% ../nbs/09_reinforce.ipynb #2e4fafd9
 def begin(model, tokenizer, task: Task, config: ReinforceConfig, out: str | Path | None) -> Run:
     "A run with its examples: all of the training split, and `val_limit` validation prompts"
-    join_world()
+    model = together(model)
     validation = list(task.examples("validation"))
     validation = random.Random(0).sample(validation, min(config.val_limit, len(validation)))
     out = None if out is None else Path(out)
@@ -325,6 +325,74 @@ def sum_gradients(params: list[nn.Parameter]) -> None:
     parts = flat.split([p.numel() for p in params])
     for p, g in zip(params, parts): p.grad.copy_(g.view_as(p))
 
+# %% ../nbs/09_reinforce.ipynb #c8f9c78c
+def together(model: nn.Module) -> nn.Module: # the PEFT model itself, ready for all processes
+    "Meet the other processes, compare the bases, and spread the weights if the launcher says so"
+    join_world()
+    if isinstance(model, nn.parallel.DistributedDataParallel): model = model.module
+    if world()[1] == 1 or not dist.is_initialized(): return model
+    if not spread(model):
+        if len(set(exchange(lambda: frozen_digest(model)))) > 1:
+            raise ValueError("the processes hold different base weights: load the checkpoint in all"
+                             " of them (accelerate launch --fsdp_cpu_ram_efficient_loading false)")
+        if os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true": share(model)
+    if spread(model):
+        from torch.distributed.fsdp import register_fsdp_forward_method
+        register_fsdp_forward_method(model, "generate")
+    for n, p in model.named_parameters():
+        if p.requires_grad and hasattr(p, "full_tensor"):
+            raise ValueError(f"{n} is spread over processes: give train_expert the model before it"
+                             " is sharded, or keep what is trained out by fully_shard's"
+                             " ignored_params")
+    return model
+
+# %% ../nbs/09_reinforce.ipynb #3b1cfdea
+def frozen_digest(model: nn.Module) -> str:
+    "Identity of the weights that are not trained, by a sample of each"
+    h = hashlib.sha256()
+    for n, p in model.named_parameters():
+        if p.requires_grad or p.is_meta or p.numel() == 0: continue
+        flat = p.detach().flatten()
+        some = flat[::max(1, len(flat) // 64)].contiguous().cpu()
+        h.update(n.encode() + some.view(torch.uint8).numpy().tobytes())
+    return h.hexdigest()
+
+# %% ../nbs/09_reinforce.ipynb #f67bf49d
+def share(model: nn.Module) -> None: # a PEFT model
+    "Spread the base's weights over the processes, block by block; adapters stay whole"
+    if os.environ.get("FSDP_VERSION", "2") != "2":
+        raise ValueError("FSDP version 1 cannot keep what is trained out of its flat weights:"
+                         " launch with --fsdp_version 2")
+    base = inner(model)
+    if getattr(base, "hf_quantizer", None) or getattr(base, "hf_device_map", None):
+        raise ValueError("weights that are quantised or placed by device_map are not spread over"
+                         " processes: launch without --use_fsdp, then each process holds them all")
+    from torch.distributed.fsdp import fully_shard
+    for l in svf_layers(model).values(): l._tag = base_tag(l)
+    prefix = getattr(getattr(model, "base_model", None), "prefix", "svf_")
+    own = {p for n, p in model.named_parameters() if p.requires_grad or prefix in n}
+    blocks = getattr(base, "_no_split_modules", None) or ()
+    for m in [m for m in base.modules() if type(m).__name__ in blocks]:
+        fully_shard(m, ignored_params=own)
+    fully_shard(model, ignored_params=own, reshard_after_forward=True) # as one process's saving would
+    for p in own: p.data = p.data.to(base.device)
+
+# %% ../nbs/09_reinforce.ipynb #f0bd6dd1
+def turns(run: "Run", numbers: list[int]) -> Iterator[tuple[int, bool]]: # chunk; whether it counts
+    "This process's chunks; where weights are spread, one more if others have one more"
+    rank, n = world()
+    mine = numbers[rank::n]
+    for i in mine: yield i, True
+    if spread(run.model) and len(mine) < math.ceil(len(numbers) / n): yield numbers[-1], False
+
+def idle(run: "Run", rows: int) -> int: # forward and backward passes without a result
+    "How many more passes another process makes for a batch, where all have to make as many"
+    c, (rank, n) = run.config, world()
+    if not spread(run.model): return 0
+    sizes = [len(p) for p in chunks(range(rows), c.rollout_batch).values()]
+    passes = [sum(math.ceil(s / (c.micro_batch or s)) for s in sizes[i::n]) for i in range(n)]
+    return max(passes) - passes[rank]
+
 # %% ../nbs/09_reinforce.ipynb #84a41aa3
 def collect(run: Run,
             rows: list,          # examples, one for each completion
@@ -332,14 +400,15 @@ def collect(run: Run,
             temperature: float
            ) -> tuple[dict, dict]: # {chunk: Rollouts} of this process; {what: list over all rows}
     "Roll out a batch, every process its share of the chunks"
-    c, (rank, n), mine = run.config, world(), {}
+    c, mine = run.config, {}
     parts = chunks(rows, c.rollout_batch)
     def work():
-        for i in list(parts)[rank::n]:
+        for i, counts in turns(run, list(parts)):
             seed = seed_of(c.seed, *key, i)
-            mine[i] = rollout(run.model, run.tokenizer, run.task, parts[i], temperature=temperature,
-                              max_new_tokens=c.max_new_tokens, top_p=c.top_p, seed=seed,
-                              batch_size=c.rollout_batch)
+            r = rollout(run.model, run.tokenizer, run.task, parts[i], temperature=temperature,
+                        max_new_tokens=c.max_new_tokens, top_p=c.top_p, seed=seed,
+                        batch_size=c.rollout_batch)
+            if counts: mine[i] = r
         return {i: judged(r) for i, r in mine.items()}
     with autocast(run): found = {i: d for part in exchange(work) for i, d in part.items()}
     return mine, {k: [x for i in parts for x in found[i][k]] for k in found[0]}
@@ -375,10 +444,12 @@ def micro_batches(r: Rollouts, size: int | None) -> Iterator[list[int]]: # row n
     order = sorted(range(len(r)), key=lambda i: int(r.lengths[i]))
     for i in range(0, len(order), size or len(order)): yield order[i:i + (size or len(order))]
 
+# %% ../nbs/09_reinforce.ipynb #f0900338
 def learn(run: Run,
           mine: dict,          # {chunk: Rollouts} of this process
           A: torch.Tensor,     # (N,) advantages of the whole batch
-          scale: float         # 1 / rollouts or 1 / tokens of the whole batch
+          scale: float,        # 1 / rollouts or 1 / tokens of the whole batch
+          spare: int = 0       # passes to add that change nothing, see `idle`
          ) -> dict:            # sums of this process
     "Add this process's share of the gradient"
     c, total = run.config, dict(gap=0.)
@@ -392,6 +463,10 @@ def learn(run: Run,
                                              run.ahead, c.track_kl)
                 (loss.sum() * scale).backward()
                 add_sums(total, sums, run.tokens)
+    for _ in range(spare):
+        with autocast(run):
+            loss, _ = policy_loss(run.model, r[rows], a[rows], c.kl, track_kl=c.track_kl)
+        (0 * loss.sum()).backward()
     return total
 
 def add_sums(total: dict, sums: dict, T: int) -> None: # T: width of what is counted place by place
@@ -432,7 +507,7 @@ def policy_step(run: Run) -> dict: # metrics
         mine, seen = collect(run, rows, "train", run.step, temperature=c.temperature)
         A, n = advantages(torch.tensor(seen["reward"]), c.advantage, c.samples), sum(seen["tokens"])
         size = n if c.reduction == "token" else len(rows)
-        parts = exchange(lambda: learn(run, mine, A, 1 / size))
+        parts = exchange(lambda: learn(run, mine, A, 1 / size, idle(run, len(rows))))
     run.places = some_rows(next(iter(mine.values())))
     total = {k: (max if k == "gap" else sum)(p[k] for p in parts) for k in parts[0]}
     run.ahead = total["to_go"] / total["places"].clamp(min=1)
@@ -496,7 +571,7 @@ def trusted(run: Run, guess: float = 1e-3 # the first rate that is tried
     first, lr = run.rate is None, adam(run, (run.rate or guess) * share)
     step = {n: p.detach() - before[n] for n, p in run.params.items()}
     for _ in range(8):
-        kl = moved(run, before)
+        kl = max(moved(run, before), 0.) # a tiny one can be rounded below 0
         low = c.step_kl / 2 if first and kl > 1e-9 else 0.      # a step that does nothing stays
         if low <= kl <= 1.5 * c.step_kl: break
         scale = min(max(math.sqrt(c.step_kl / kl), .1), 30.) if math.isfinite(kl) else .1
@@ -882,7 +957,7 @@ def gold_batch(run: Run, rows: list # examples
 
 def answer_step(run: Run) -> dict: # metrics
     "Fill .grad with the gradient of the next-token loss on gold answers, mean over tokens"
-    c, (rank, n) = run.config, world()
+    c, rank = run.config, world()[0]
     rows = [run.train[i] for i in batch_rows(len(run.train), c.batch_size, run.step, c.seed)]
     parts = [gold_batch(run, part) for part in chunks(rows, c.rollout_batch).values()]
     tokens = sum(int(mask[:, P:].sum()) for _, mask, P in parts)
@@ -890,8 +965,8 @@ def answer_step(run: Run) -> dict: # metrics
     run.places = ids[:32], mask[:32], P, 1.
     def work():
         total = 0.
-        for ids, mask, P in parts[rank::n]:
-            with autocast(run): nll = -token_logprobs(run.model, ids, mask, P).sum() / tokens
+        for i, counts in turns(run, list(range(len(parts)))):
+            with autocast(run): nll = -token_logprobs(run.model, *parts[i]).sum() / tokens * counts
             nll.backward()
             total += nll.item()
         return total
