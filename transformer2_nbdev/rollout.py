@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['NEEDS', 'PIECE', 'ODD', 'pad_left', 'positions', 'inner', 'eos_ids', 'pad_id', 'until_eos', 'encode', 'check_room',
-           'sampling_config', 'undisturbed', 'forked_rng', 'Recorder', 'sample_whole', 'shared_prefix', 'can_step',
-           'own_rows', 'fits_window', 'read_shared', 'read', 'once', 'last_logits', 'shaped', 'draw', 'sample_steps',
-           'sample_batch', 'Generation', 'trim', 'select', 'join', 'texts_of', 'generate', 'answer_pass', 'to_share',
-           'completion_logits', 'vocab_logprobs', 'entropy', 'kl_per_token', 'Hidden', 'after_head', 'plain_head',
-           'caught', 'hidden', 'agrees', 'divergence', 'slopes_of', 'places', 'whole_places', 'base_logprobs',
-           'token_logprobs', 'judge', 'Rollouts', 'rollout', 'items_of']
+           'sampling_config', 'undisturbed', 'forked_rng', 'Recorder', 'spread', 'sample_whole', 'shared_prefix',
+           'can_step', 'own_rows', 'fits_window', 'read_shared', 'read', 'once', 'last_logits', 'shaped', 'draw',
+           'sample_steps', 'sample_batch', 'Generation', 'trim', 'select', 'join', 'texts_of', 'generate',
+           'answer_pass', 'to_share', 'completion_logits', 'vocab_logprobs', 'entropy', 'kl_per_token', 'Hidden',
+           'after_head', 'plain_head', 'caught', 'hidden', 'agrees', 'divergence', 'slopes_of', 'places',
+           'whole_places', 'base_logprobs', 'token_logprobs', 'judge', 'Rollouts', 'rollout', 'items_of']
 
 # %% ../nbs/07_rollout.ipynb #cc206472
 import math, time
@@ -161,12 +161,17 @@ class Recorder(LogitsProcessor):
         return torch.stack(self.logps[:tokens.shape[1]], 1)
 
 # %% ../nbs/07_rollout.ipynb #5d0a7e01
+def spread(model: nn.Module) -> bool:
+    "Whether FSDP has spread the weights over processes, which then call the model in step"
+    return any(hasattr(m, "set_reshard_after_forward") for m in model.modules())
+
 def sample_whole(model: nn.Module, ids: torch.Tensor, mask: torch.Tensor, config: GenerationConfig
                 ) -> tuple[torch.Tensor, torch.Tensor]: # tokens and log-probabilities (B, T)
     "Sample by the library's own loop"
     recorder = Recorder(config.temperature if config.do_sample else 0.)
     out = model.generate(input_ids=ids, attention_mask=mask, generation_config=config,
-                         logits_processor=LogitsProcessorList([recorder]))
+                         logits_processor=LogitsProcessorList([recorder]),
+                         synced_gpus=spread(model) or None)
     tokens = out[:, ids.shape[1]:]
     return tokens, recorder.result(tokens).to(ids.device)
 
@@ -188,6 +193,7 @@ NEEDS = {"input_ids", "attention_mask", "position_ids", "past_key_values", "use_
 
 def can_step(model: nn.Module) -> bool:
     "Whether rows may leave a batch, and prompts be read once for many rows"
+    if spread(model): return False
     base = inner(model)
     config = getattr(model, "active_peft_config", None)
     if getattr(config, "is_prompt_learning", False) or getattr(base, "_is_stateful", False): return False
