@@ -24,9 +24,9 @@ spectral (`why.split`). Parts:
 
 A finished run is a small file in --work, and an interrupted benchmark goes on from there;
 benchmarks/why.py reads the same files. `--finished` starts no run and records those that are there.
-The record is benchmarks/results/baselines.json; what it says under `compose` (experts added up) and
-`cost` was measured by an earlier version of this script: its command, budget and versions stand
-beside it, under `before`.
+The record is benchmarks/results/baselines.json; what it says under `compose` (experts added up),
+`cost` and `before` was measured by an earlier version of this script: its command, budget and
+versions stand beside it, under `before`.
 """
 import argparse, base64, json, math, random, resource, statistics, subprocess, sys, time, zlib
 from dataclasses import replace
@@ -172,8 +172,8 @@ def describe(plain):
         dW = after[n].weight - before[n].weight
         sizes.append(dW.norm().item() ** 2)
         parts.append(why.split(before[n].weight, dW, factors))
-    total = sum(sizes) or 1.
-    share = lambda k: round(sum(s * getattr(p, k) for s, p in zip(sizes, parts)) / total, 4)
+    total = sum(sizes)                                      # 0 where the base itself was kept
+    share = lambda k: round(sum(s * getattr(p, k) for s, p in zip(sizes, parts)) / (total or 1), 4)
     kl = why.answer_kl(base, plain, answers), why.answer_kl(plain, base, own)
     return dict(correct={n: r.correct for n, r in scores.items()},
                 bits={n: bits(r) for n, r in scores.items()},

@@ -204,12 +204,14 @@ def test_the_rule_of_the_rates(runs, lr):
 def test_what_svf_cannot_say_is_written_beside_every_run():
     for r in RUNS:
         assert 0 <= r["moved"] <= 1 and 0 <= r["spectral"] <= 1 and r["kl"][0] >= 0
-        if r["method"] in ("SVF", "one number", "one a matrix", "SVF rank 4"):
+        assert (r["norm"] > 0) == (r["step"] > 0)                       # step 0 is the base
+        if r["step"] and r["method"] in ("SVF", "one number", "one a matrix", "SVF rank 4"):
             assert r["spectral"] > .999, r["method"]
 
 
-def test_the_better_rate_is_the_smaller_on_a_tie():
-    runs = [dict(seed=0, lr=1, val=.9), dict(seed=0, lr=.1, val=.9), dict(seed=1, lr=3, val=1.)]
+def test_the_better_rate_is_the_smallest_that_is_no_worse():
+    runs = [dict(seed=0, lr=1, val=.9), dict(seed=0, lr=.1, val=.89), dict(seed=0, lr=.01, val=.8),
+            dict(seed=1, lr=3, val=1.)]
     assert benchmark.better(runs)["lr"] == .1
 
 
