@@ -141,12 +141,14 @@ def part_auto(work, seeds):
             for seed in seeds for task in ("dog", "math", "code") for lr in RATES]
 
 
-def part_lambda(work, seeds, only=None):
+def part_lambda(work, seeds, only=None, finished=False):
     rates = dict(math=1e-2, generous=4e-2)
     bases = [] if only else [work.do(f"lambda-base-{t}", lambda: untouched(t)) for t in rates]
-    return bases + [work.do(f"lambda-{task}-{lam:g}-{seed}",
-                    lambda: one(task, seed, kl=lam, lr=rates[task]))
-            for task in rates if only in (None, task) for seed in seeds for lam in WEIGHTS]
+    todo = {f"lambda-{task}-{lam:g}-{seed}": (task, seed, lam)
+            for task in rates if only in (None, task) for seed in seeds for lam in WEIGHTS}
+    return bases + [work.do(key, lambda: one(task, seed, kl=lam, lr=rates[task]))
+                    for key, (task, seed, lam) in todo.items()
+                    if not finished or (work.folder / f"{key}.json").is_file()]
 
 
 PARTS = {"lambda": part_lambda} | dict(kl=part_kl, auto=part_auto)
@@ -158,6 +160,7 @@ def main():
     p.add_argument("--work", required=True)
     p.add_argument("--parts", nargs="+", default=list(PARTS), choices=list(PARTS))
     p.add_argument("--only", choices=("math", "generous"))
+    p.add_argument("--finished", action="store_true", help="`lambda`: record what there is")
     p.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     p.add_argument("--out", default=str(ROOT / "benchmarks" / "results" / "reinforce.json"))
     a = p.parse_args()
@@ -166,11 +169,16 @@ def main():
     if a.only: return part_lambda(work, a.seeds, a.only)
     for part in a.parts:
         began = time.perf_counter()
-        rows = PARTS[part](work, a.seeds)
+        kw = dict(finished=True) if a.finished and part == "lambda" else {}
+        rows = PARTS[part](work, a.seeds, **kw)
         record = json.loads(out.read_text()) if out.is_file() else {}
         record |= {part: dict(about(), command=f"python benchmarks/reinforce.py --parts {part}",
-                              seeds=a.seeds, rows=rows)}
-        write_atomic(out, json.dumps(record, indent=1) + "\n")
+                              seeds=sorted({r["seed"] for r in rows if "seed" in r}), rows=rows)}
+        lines = {k: "[\n   " + ",\n   ".join(map(json.dumps, v.pop("rows"))) + "\n  ]"
+                 for k, v in record.items()}
+        body = [f' {json.dumps(k)}: {json.dumps(v)[:-1]},\n  "rows": {lines[k]}}}'
+                for k, v in record.items()]
+        write_atomic(out, "{\n" + ",\n".join(body) + "\n}\n")
         print(part, f"{time.perf_counter() - began:.0f} s")
 
 
