@@ -252,7 +252,7 @@ def read(text: str, path: str = "") -> nbformat.NotebookNode:
         source = "".join(c["source"])
         if first: source = cover(source, room)
         cells.append(nbformat.v4.new_markdown_cell(markdown(source, room, known)))
-        if first and not room: cells.append(nbformat.v4.new_markdown_cell(toctree(everything)))
+        if first and not room: cells.append(nbformat.v4.new_markdown_cell(toctree(tutorials() + everything)))
         first = False
     nb = nbformat.v4.new_notebook(cells=cells, metadata={"kernelspec": {"name": "python3", "display_name": "python3"},
                                                          "language_info": {"name": "python", "pygments_lexer": "ipython3"}})
