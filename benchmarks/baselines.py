@@ -1,205 +1,336 @@
-"""SVF and its rivals at one budget: `python benchmarks/baselines.py --work FOLDER`.
+"""SVF and its rivals at one budget: `python benchmarks/baselines.py`.
 
-One loop (reinforce.train_expert or reinforce.sft), one base (lab A), one skill (math), one budget: 30 steps of 128 prompts, the best of six
-validations (300 prompts) kept. For every method, loss and choice of modules the learning rate is tuned first: from a start in the middle of the
-grid, walk to the neighbour with the better validation accuracy (tuning seed 100) until no neighbour is better. Then three seeds, tested greedily
-on 1,002 questions of the own skill, its unseen cousin, and the two other skills. Parts, in this order:
+One loop (reinforce.train_expert or reinforce.sft), one base (lab A), one skill (math), one budget:
+30 steps of 64 prompts, the best of four validations (150 prompts; step 0 is one of them) kept.
+Fixed before the first test question was answered:
 
-    main       every method on all linear layers, REINFORCE
-    compose    SVF and LoRA r16: experts of math and of code, their sum, and one adapter trained on both
-    overfit    SVF and LoRA r16 on 32, 128 and 512 prompts, 60 steps, last step kept: accuracy on those prompts and on the test
-    next-token the table of `main` with the next-token loss on gold answers
-    modules    SVF and LoRA r16 on attention only and MLP only, both losses
-    cost       step time and peak memory at width 1,024, every method in a process of its own
+    rates     every method starts from three rates, half a decade apart. Seeds 0 and 1 run at each.
+              Where the best mean validation lies at an end of the rates tried, the next half decade
+              beyond it is tried too, until it does not.
+    choice    the smallest rate whose mean validation lies within one standard error (of 150
+              questions) of the best.
+    verdict   seeds 2, 3, 4 at the chosen rate, and at no other. The comparisons of methods rest on
+              these alone.
+    test      greedily, the first 501 test questions each of math, math-hard, code and logic.
 
-Every finished run is a small file in FOLDER, and an interrupted benchmark goes on from there; the record is benchmarks/results/baselines.json.
+Every run also notes how far it went: KL to the base over whole answers to 150 test questions, both
+ways; the next-token loss on text of the old skills; and how much of the change of the weights is
+spectral (`why.split`). Parts:
+
+    surface   rates x methods x losses on seeds 0 and 1
+    verdict   the chosen rates on seeds 2, 3 and 4
+    overfit   32 prompts, 60 steps, last step kept: accuracy on those prompts and on the test
+    cost      step time and peak memory at width 1,024, every method in a process of its own
+
+A finished run is a small file in --work, and an interrupted benchmark goes on from there;
+benchmarks/why.py reads the same files. `--finished` starts no run and records those that are there.
+The record is benchmarks/results/baselines.json; what it says under `compose` (experts added up),
+`cost` and `before` was measured by an earlier version of this script: its command, budget and
+versions stand beside it, under `before`.
 """
-import argparse, json, random, resource, statistics, subprocess, sys, tempfile, time
+import argparse, base64, json, math, random, resource, statistics, subprocess, sys, time, zlib
 from dataclasses import replace
+from functools import lru_cache
 from pathlib import Path
 
-import torch, transformers
-from peft import IA3Config, LNTuningConfig, LoraConfig, TinyLoraConfig, get_peft_model
+import numpy as np, torch, transformers
+from peft import IA3Config, LNTuningConfig, LoraConfig, get_peft_model
 
 from pieces import Work, about
-from transformer2_nbdev import lab
+from transformer2_nbdev import lab, why
 from transformer2_nbdev.adapter import SvfConfig, resolve_targets
-from transformer2_nbdev.evaluate import evaluate, paired, write_atomic
+from transformer2_nbdev.evaluate import evaluate, student_t, write_atomic
 from transformer2_nbdev.reinforce import Diverged, ReinforceConfig, sft, train_expert
+from transformer2_nbdev.rollout import rollout
 from transformer2_nbdev.svf import is_target
 
-GRID = [1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1]
-BUDGET = dict(steps=30, batch_size=128, rollout_batch=128, val_every=6, val_limit=300)
-TESTED = ("math", "math-hard", "code", "logic")
-SEEDS = (0, 1, 2)
+RATES = [x * 10. ** e for e in range(-5, 2) for x in (1, 3)]          # half a decade apart
+BUDGET = dict(steps=30, batch_size=64, rollout_batch=150, val_every=10, val_limit=150)
+TESTED, LIMIT, KL_PROMPTS = ("math", "math-hard", "code", "logic"), 501, 150
+CHOOSE, VERDICT = (0, 1), (2, 3, 4)
+LOSSES, COMPARED = ("rewards", "tokens"), ("SVF", "LoRA r1", "LoRA r16", "IA3")
+OLD = ("code", "logic", "code-hard", "logic-hard", "copy")
 
 
-def lora(names, **kw): return LoraConfig(target_modules=names, task_type="CAUSAL_LM", **kw)
-
-METHODS = {                                       # name: (config from the names of the layers, where the search for its learning rate begins)
-    "SVF":            (lambda names: SvfConfig(target_modules=names), 1e-2),
-    "SVF rank 32":    (lambda names: SvfConfig(target_modules=names, rank=32), 1e-2),
-    "LoRA r1":        (lambda names: lora(names, r=1, lora_alpha=2), 1e-2),
-    "LoRA r16":       (lambda names: lora(names, r=16, lora_alpha=32), 3e-3),
-    "DoRA r16":       (lambda names: lora(names, r=16, lora_alpha=32, use_dora=True), 3e-3),
-    "IA3":            (lambda names: IA3Config(target_modules=names, feedforward_modules=[n for n in names if is_target(n, "mlp")]), 1e-2),
-    "TinyLoRA":       (lambda names: TinyLoraConfig(target_modules=names), 1e-2),
-    "full":           (lambda names: LNTuningConfig(target_modules=names), 1e-3)} # a trained copy of every linear layer, with PEFT's verbs
+class Missing(Exception):
+    "A run that is not finished, where none may be started"
 
 
-def dress(method, modules, seed, model=None):
-    "The lab's base with a fresh adapter"
+class Finished(Work):
+    "The finished pieces alone"
+    def do(self, key, make):
+        if not (self.folder / f"{key}.json").is_file(): raise Missing(key)
+        return super().do(key, make)
+
+
+def gather(makes):
+    "What the calls return, without those whose run is not finished"
+    out = []
+    for make in makes:
+        try: out.append(make())
+        except Missing: pass
+    return out
+
+
+def names_of(model, modules="all-linear"):
+    return sorted(resolve_targets(SvfConfig(target_modules=modules), model))
+
+
+def peft(make):
+    "A method from a PEFT config: make(names) -> config"
+    return lambda model, modules="all-linear": get_peft_model(model, make(names_of(model, modules)))
+
+
+def lora(names, r, **kw):
+    return LoraConfig(target_modules=names, task_type="CAUSAL_LM", r=r, lora_alpha=2 * r, **kw)
+
+
+def ia3(names):
+    feedforward = [n for n in names if is_target(n, "mlp")]
+    return IA3Config(target_modules=names, feedforward_modules=feedforward)
+
+
+METHODS = {                  # name: (bare model -> PEFT model, the middle of its first three rates)
+    "SVF":      (peft(lambda names: SvfConfig(target_modules=names)), 1e-2),
+    "LoRA r1":  (peft(lambda names: lora(names, 1)), 3e-3),
+    "LoRA r16": (peft(lambda names: lora(names, 16)), 1e-3),
+    "IA3":      (peft(ia3), 3e-2),
+    "full":     (peft(lambda names: LNTuningConfig(target_modules=names)), 3e-4)}  # trained copies
+
+
+@lru_cache(maxsize=None)
+def world():
+    "(tokenizer, tasks, base, its answers, old text, {matrix: its SVD}); made once a process"
+    base, tok, tasks = lab.load("A")
+    asked = tasks["math"].examples("test")[:KL_PROMPTS]
+    drawn = dict(temperature=1., batch_size=KL_PROMPTS, seed=0)
+    answers = rollout(base, tok, tasks["math"], asked, **drawn)
+    rng, texts = random.Random(7), []
+    for name in OLD:
+        for _ in range(100):
+            drawn = lab.draw(name, rng, "test")
+            texts.append(lab.write(name, drawn, rng.choice(lab.SOURCES), rng))
+    rows = list(zip(tok([p for p, _ in texts])["input_ids"],
+                    tok([f"{a} <eos>" for _, a in texts], add_special_tokens=False)["input_ids"]))
+    linears = {n: m for n, m in base.named_modules() if n.split(".")[-1].endswith("_proj")}
+    svds = {n: why.usv(m.weight.detach()) for n, m in linears.items()}
+    return tok, tasks, base, answers, rows, svds
+
+
+@torch.no_grad()
+def old_loss(model):
+    "Nats a word of text in the old skills, flawed as in pretraining"
+    rows = world()[4]
+    return lab.answer_loss(model, rows).item() / sum(len(a) for _, a in rows)
+
+
+def fresh(method, seed, modules="all-linear", methods=METHODS):
+    "The lab's base with an untrained adapter"
     torch.manual_seed(seed)
-    model = model or lab.load("A")[0]
-    names = sorted(resolve_targets(SvfConfig(target_modules=modules), model))
-    return get_peft_model(model, METHODS[method][0](names))
-
-
-def size(model):
-    "(trained numbers, bytes of the saved adapter)"
-    with tempfile.TemporaryDirectory() as folder:
-        model.save_pretrained(folder, save_embedding_layers=False)
-        return sum(p.numel() for p in model.parameters() if p.requires_grad), (Path(folder) / "adapter_model.safetensors").stat().st_size
+    return methods[method][0](lab.load("A")[0], modules)
 
 
 def fit(model, task, loss, lr, seed, last=False, **kw):
-    "Train in place; the validation accuracy of the kept step, or None where the run diverged"
-    steps = iter(range(10 ** 6))
-    run = train_expert if loss == "REINFORCE" else sft
-    try: h = run(model, TOK, task, ReinforceConfig(**BUDGET | dict(lr=lr, seed=seed) | kw), eval_fn=(lambda m, t: next(steps)) if last else None, progress=False)
+    "Train in place: (validation accuracy of the kept step, the step); (None, None) if it diverged"
+    steps, run = iter(range(10 ** 6)), train_expert if loss == "rewards" else sft
+    config = ReinforceConfig(**BUDGET | dict(lr=lr, seed=seed) | kw)
+    judge = (lambda m, t: next(steps)) if last else None            # "better" every time
+    try: h = run(model, world()[0], task, config, eval_fn=judge, progress=False)
     except Diverged: return None, None
     return h.result["acc"], h.best_step
 
 
-def test(model, names=TESTED, strategy=None): return {n: evaluate(model, TOK, TASKS[n], strategy, batch_size=334, progress=False) for n in names}
+def bits(result):
+    "Which questions were answered rightly, one bit each, in a few bytes of text"
+    number = int("1" + "".join(str(int(i["correct"])) for i in result.items), 2)
+    packed = number.to_bytes((len(result.items) + 8) // 8, "big")
+    return base64.b85encode(zlib.compress(packed, 9)).decode()
 
 
-def against(base, results):
-    "What is kept of an evaluation: counts, and the paired difference to the base"
-    return {n: dict(correct=r.correct, n=r.n, gained=p.gained, lost=p.lost, low=round(p.low, 4), high=round(p.high, 4), p=float(f"{p.p:.3g}"))
-            for n, r in results.items() for p in [paired(base[n], r)]}
+def unbits(text):
+    "The list of 0 and 1 again"
+    number = int.from_bytes(zlib.decompress(base64.b85decode(text)), "big")
+    return [int(b) for b in f"{number:b}"[1:]]
 
 
-def tune(work, method, loss, modules):
-    "Hill climbing on the grid; {lr: validation accuracy}, and the best"
-    seen = {}
-    def val(i):
-        lr = GRID[i]
-        if lr not in seen: seen[lr] = work.do(f"tune_{loss}_{modules}_{method}_{lr:g}", lambda: fit(dress(method, modules, 100), TASKS["math"], loss, lr, 100)[0])
-        return -1. if seen[lr] is None else seen[lr]
-    i = GRID.index(METHODS[method][1])
+def ask(model, names=TESTED, limit=LIMIT, **kw):
+    tok, tasks = world()[:2]
+    kw = dict(limit=limit, batch_size=limit or 501, progress=False) | kw
+    return {n: evaluate(model, tok, tasks[n], **kw) for n in names}
+
+
+@torch.no_grad()
+def describe(plain):
+    "What a model with plain weights can do, and how far it is from the base"
+    tok, tasks, base, answers, _, svds = world()
+    scores = ask(plain)
+    asked = tasks["math"].examples("test")[:KL_PROMPTS]
+    own = rollout(plain, tok, tasks["math"], asked, temperature=1., batch_size=KL_PROMPTS, seed=1)
+    before, after = (dict(m.named_modules()) for m in (base, plain))
+    sizes, parts = [], []
+    for n, factors in svds.items():
+        dW = after[n].weight - before[n].weight
+        sizes.append(dW.norm().item() ** 2)
+        parts.append(why.split(before[n].weight, dW, factors))
+    total = sum(sizes)                                      # 0 where the base itself was kept
+    share = lambda k: round(sum(s * getattr(p, k) for s, p in zip(sizes, parts)) / (total or 1), 4)
+    kl = why.answer_kl(base, plain, answers), why.answer_kl(plain, base, own)
+    return dict(correct={n: r.correct for n, r in scores.items()},
+                bits={n: bits(r) for n, r in scores.items()},
+                kl=[round(x, 5) for x in kl],
+                old=round(old_loss(plain) - old_loss(base), 5), norm=round(total ** .5, 4),
+                spectral=share("spectral"), moved=share("moved"), chance=share("chance"))
+
+
+def run(work, method, loss, lr, seed, methods=METHODS, modules="all-linear", tag="run", **kw):
+    "One finished run: trained, tested, measured"
+    def make():
+        model = fresh(method, seed, modules, methods)
+        numbers = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        val, step = fit(model, world()[1]["math"], loss, lr, seed, **kw)
+        if val is None: return dict(numbers=numbers, val=None)
+        plain = why.merged(model, lab.load("A")[0]).eval()
+        return dict(numbers=numbers, val=val, step=step) | describe(plain)
+    found = work.do(f"{tag}_{loss}_{modules}_{method}_{lr:g}_{seed}", make)
+    part = dict(modules=modules) if modules != "all-linear" else {}
+    return dict(method=method, loss=loss, lr=lr, seed=seed) | part | found
+
+
+def validation(runs):
+    "{rate: mean validation accuracy of its seeds}; a run that diverged counts as nothing right"
+    rates = sorted({r["lr"] for r in runs})
+    return {lr: statistics.mean(r["val"] or 0. for r in runs if r["lr"] == lr) for lr in rates}
+
+
+def chosen(runs):
+    "The smallest rate whose mean validation lies within one standard error of the best"
+    val = validation(runs)
+    best = max(val.values())
+    enough = best - math.sqrt(best * (1 - best) / BUDGET["val_limit"])
+    return min(lr for lr, v in val.items() if v >= enough)
+
+
+def surface(work, method, loss, seeds=CHOOSE, methods=METHODS, **kw):
+    "Runs at three rates, and beyond an end at which the best one lies"
+    i = min(range(len(RATES)), key=lambda j: abs(math.log(RATES[j] / methods[method][1])))
+    tried, runs = [i - 1, i, i + 1], []
     while True:
-        near = [j for j in (i - 1, i + 1) if 0 <= j < len(GRID)]
-        best = max(near, key=val)
-        if val(best) <= val(i): return dict(tried=dict(sorted((f"{k:g}", v) for k, v in seen.items())), lr=GRID[i])
-        i = best
-
-
-def table(work, base, loss, modules, methods):
-    "Tuned runs on three seeds"
-    rows = []
-    for method in methods:
-        tuned = work.do(f"tuned_{loss}_{modules}_{method}", lambda: tune(work, method, loss, modules))
-        for seed in SEEDS:
-            def one():
-                model = dress(method, modules, seed)
-                val, step = fit(model, TASKS["math"], loss, tuned["lr"], seed)
-                if val is None: return dict(diverged=True)
-                numbers, bytes_ = size(model)
-                return dict(val=val, kept_step=step, parameters=numbers, bytes=bytes_, tasks=against(base, test(model.eval())))
-            rows.append(dict(method=method, loss=loss, modules=modules, seed=seed, **tuned) | work.do(f"run_{loss}_{modules}_{method}_{seed}", one))
-    return rows
+        for j in tried: runs += [run(work, method, loss, RATES[j], s, methods, **kw) for s in seeds]
+        val = validation(runs)
+        best = max(val, key=val.get)
+        low, high = (RATES.index(f(val)) for f in (min, max))
+        tried = [high + 1] if best == max(val) else [low - 1] if best == min(val) else []
+        if not tried or not 0 <= tried[0] < len(RATES): return runs
 
 
 def overfit(work, method, loss, lr, n, seed):
-    "Accuracy on the training prompts and on the test, after 60 steps on n prompts"
-    def one():
-        chosen = random.Random(seed).sample(list(TASKS["math"].examples("train")), n)
-        few = replace(TASKS["math"], examples=lambda split: chosen if split == "train" else TASKS["math"].examples(split))
-        model = dress(method, "all-linear", seed)
-        fit(model, few, loss, lr, seed, last=True, steps=60, val_every=0, val_limit=10)
-        train, held = (evaluate(model.eval(), TOK, t, split=s, batch_size=334, progress=False) for t, s in ((few, "train"), (TASKS["math"], "test")))
-        return dict(train_correct=train.correct, train_n=train.n, test_correct=held.correct, test_n=held.n)
-    return dict(method=method, loss=loss, lr=lr, prompts=n, seed=seed) | work.do(f"overfit_{loss}_{method}_{n}_{seed}", one)
+    "Accuracy on n training prompts and on the test, after 60 steps on them"
+    def make():
+        task = world()[1]["math"]
+        few = random.Random(seed).sample(list(task.examples("train")), n)
+        small = replace(task, examples=lambda s: few if s == "train" else task.examples(s))
+        model, length = fresh(method, seed), dict(steps=60, val_every=0, val_limit=10)
+        if fit(model, small, loss, lr, seed, last=True, **length)[0] is None:
+            return dict(diverged=True)
+        plain = why.merged(model, lab.load("A")[0]).eval()
+        seen = evaluate(plain, world()[0], small, split="train", batch_size=n, progress=False)
+        held = ask(plain, ("math", "math-hard"))
+        return dict(train=seen.correct, n=seen.n, **{t: r.correct for t, r in held.items()})
+    found = work.do(f"overfit_{loss}_{method}_{n}_{seed}", make)
+    return dict(method=method, loss=loss, lr=lr, prompts=n, seed=seed) | found
 
 
-def both():
-    "One task made of two: math and code prompts in turn"
-    pair = TASKS["math"], TASKS["code"]
-    mixed = lambda split: [e for two in zip(*(t.examples(split) for t in pair)) for e in two]
-    return replace(pair[0], name="math and code", examples=mixed, max_new_tokens=max(t.max_new_tokens for t in pair), verify=lambda c, e: TASKS[e["kind"]].judge(c, e))
+def student_p(t, df):
+    "Two-sided p of Student's t, by integrating its density"
+    if not t: return 1.
+    angles = np.linspace(0, math.atan(abs(t) / math.sqrt(df)), 2001)
+    y = np.cos(angles) ** (df - 1)
+    area = float((y.sum() - (y[0] + y[-1]) / 2) * angles[1])
+    scale = math.exp(math.lgamma((df + 1) / 2) - math.lgamma(df / 2)) / math.sqrt(math.pi)
+    return max(0., 1 - 2 * scale * area)
 
 
-def compose(work, base, method, lr, seed):
-    "Two experts, their sum, and one adapter trained on both skills with the budget of both"
-    asked = ("math", "code", "code+math", "logic")
-    def one():
-        model = dress(method, "all-linear", seed)
-        fit(model, TASKS["math"], "REINFORCE", lr, seed)
-        names = sorted(resolve_targets(SvfConfig(target_modules="all-linear"), lab.load("A")[0]))
-        torch.manual_seed(seed + 1)
-        model.add_adapter("code", METHODS[method][0](names)); model.set_adapter("code")
-        fit(model, TASKS["code"], "REINFORCE", lr, seed)
-        model.eval(); out = {}
-        for name in ("default", "code"):
-            model.set_adapter(name); out["math expert" if name == "default" else "code expert"] = against(base, test(model, asked))
-        if method == "SVF":
-            def add(prompts): return torch.ones(len(prompts), 2)
-            add.experts = ["default", "code"]
-            out["sum"] = against(base, test(model, asked, add))
-        else:
-            model.add_weighted_adapter(["default", "code"], [1., 1.], "sum", combination_type="cat"); model.set_adapter("sum")
-            out["sum"] = against(base, test(model, asked))
-        joint = dress(method, "all-linear", seed)
-        fit(joint, both(), "REINFORCE", lr, seed, steps=2 * BUDGET["steps"], val_every=2 * BUDGET["val_every"])
-        out["joint"] = against(base, test(joint.eval(), asked))
-        return out
-    return dict(method=method, lr=lr, seed=seed) | dict(tasks=work.do(f"compose_{method}_{seed}", one))
+def contrast(a, b, task):
+    """b - a in points, half of its 95% interval, p: runs of several seeds, or one run alone.
+
+    All answered the same questions. The variance of the difference has three parts: seeds of a,
+    seeds of b (Welch), and questions: the spread over questions of the difference between the two
+    means over seeds. Degrees of freedom after Satterthwaite.
+    """
+    A, B = (np.array([unbits(r["bits"][task]) for r in runs], float) for runs in (a, b))
+    d = B.mean(0) - A.mean(0)
+    parts = [(X.mean(1).var(ddof=1) / len(X), len(X) - 1) for X in (A, B) if len(X) > 1]
+    parts.append((d.var(ddof=1) / len(d), len(d) - 1))
+    var = sum(v for v, _ in parts)
+    if var == 0: return 100 * float(d.mean()), 0., 1.
+    df, se = var ** 2 / sum(v ** 2 / n for v, n in parts), math.sqrt(var)
+    return 100 * float(d.mean()), 100 * student_t(.95, df) * se, student_p(d.mean() / se, df)
 
 
 def child(method):
-    "Three steps of Adam at width 1,024 on 1,024 tokens; prints seconds of a step and MB above the resting process"
+    "Three steps of Adam at width 1,024 on 1,024 tokens: seconds a step, MB above rest"
     torch.set_num_threads(1)
-    model = dress(method, "all-linear", 0, transformers.LlamaForCausalLM(transformers.LlamaConfig(
-        vocab_size=256, hidden_size=1024, intermediate_size=3584, num_hidden_layers=4, num_attention_heads=16))).train()
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(vocab_size=256, hidden_size=1024, intermediate_size=3584,
+                                      num_hidden_layers=4, num_attention_heads=16)
+    model = METHODS[method][0](transformers.LlamaForCausalLM(config)).train()
     ids = torch.randint(256, (8, 128), generator=torch.Generator().manual_seed(0))
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
-    rest, seconds = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize(), []
+    pages, seconds = int(Path("/proc/self/statm").read_text().split()[1]), []
     Path("/proc/self/clear_refs").write_text("5") # start the peak anew
     for _ in range(3):
         began = time.perf_counter()
-        model(ids, labels=ids).loss.backward(); optimizer.step(); optimizer.zero_grad()
+        model(ids, labels=ids).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
         seconds.append(time.perf_counter() - began)
-    peak = next(int(l.split()[1]) << 10 for l in Path("/proc/self/status").read_text().splitlines() if l.startswith("VmHWM"))
-    print(json.dumps(dict(seconds=min(seconds), peak_mb=(peak - rest) / 2 ** 20)))
+    status = Path("/proc/self/status").read_text().splitlines()
+    peak = next(int(l.split()[1]) << 10 for l in status if l.startswith("VmHWM"))
+    above = (peak - pages * resource.getpagesize()) / 2 ** 20
+    print(json.dumps(dict(seconds=min(seconds), peak_mb=above)))
 
 
 def cost(rounds=3):
-    "Every method in a process of its own, in turn, round after round; times as ratios to LoRA r16 of the same round"
+    "Every method in a process of its own, in turn; times as ratios to LoRA r16 of the same round"
     seen = {m: [] for m in METHODS}
     for _ in range(rounds):
-        for m in METHODS: seen[m].append(json.loads(subprocess.run([sys.executable, __file__, "--child", m], capture_output=True, text=True, check=True).stdout.splitlines()[-1]))
-    ratio = lambda m: [a["seconds"] / b["seconds"] for a, b in zip(seen[m], seen["LoRA r16"])]
-    return {m: dict(step=round(statistics.median(ratio(m)), 3), low=round(min(ratio(m)), 3), high=round(max(ratio(m)), 3),
-                    peak_mb=round(statistics.median(r["peak_mb"] for r in seen[m]))) for m in METHODS}
+        for m in METHODS:
+            command = [sys.executable, __file__, "--child", m]
+            said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+            seen[m].append(json.loads(said.splitlines()[-1]))
+    def row(m):
+        ratios = [a["seconds"] / b["seconds"] for a, b in zip(seen[m], seen["LoRA r16"])]
+        low, step, high = (round(f(ratios), 3) for f in (min, statistics.median, max))
+        peak = round(statistics.median(r["peak_mb"] for r in seen[m]))
+        return dict(step=step, low=low, high=high, peak_mb=peak)
+    return {m: row(m) for m in METHODS}
 
 
 def main(a):
-    began, work = time.perf_counter(), Work(a.work)
-    model = lab.load("A")[0]
-    base = test(model, ("math", "math-hard", "code", "logic", "code+math"))
-    record = dict(command=f"python benchmarks/baselines.py --parts {' '.join(a.parts)}", base="A", skill="math", budget=BUDGET, grid=GRID, tuning_seed=100, seeds=SEEDS,
-                  base_scores={n: dict(correct=r.correct, n=r.n) for n, r in base.items()}, rows=[], compose=[], overfit=[])
-    tuned = lambda m, loss="REINFORCE": work.do(f"tuned_{loss}_all-linear_{m}", lambda: tune(work, m, loss, "all-linear"))["lr"]
-    two = ("SVF", "LoRA r16")
-    if "main" in a.parts: record["rows"] += table(work, base, "REINFORCE", "all-linear", METHODS)
-    if "compose" in a.parts: record["compose"] = [compose(work, base, m, tuned(m), s) for m in two for s in SEEDS]
-    if "overfit" in a.parts: record["overfit"] = [overfit(work, m, loss, tuned(m, loss), n, s) for loss in ("REINFORCE", "next-token") for m in two for n in (32, 128, 512) for s in SEEDS]
-    if "next-token" in a.parts: record["rows"] += table(work, base, "next-token", "all-linear", METHODS)
-    if "modules" in a.parts:
-        for loss in ("REINFORCE", "next-token"):
-            for modules in ("attention", "mlp"): record["rows"] += table(work, base, loss, modules, two)
-    if "cost" in a.parts: record["cost"] = work.do("cost", cost)
+    began, work = time.perf_counter(), (Finished if a.finished else Work)(a.work)
+    old = json.loads(a.out.read_text()) if a.out.exists() else {}
+    record = dict(command=f"python benchmarks/baselines.py --parts {' '.join(a.parts)}", base="A",
+                  skill="math", budget=BUDGET, choose=CHOOSE, verdict=VERDICT, limit=LIMIT,
+                  base_scores={}, surface=[], chosen={loss: {} for loss in a.losses}, runs=[])
+    if set(a.parts) != {"cost"}:
+        base = ask(world()[2])
+        score = lambda r: dict(correct=r.correct, n=r.n, bits=bits(r))
+        record["base_scores"] = {n: score(r) for n, r in base.items()}
+    for loss in a.losses:
+        for m in COMPARED:
+            for runs in gather([lambda: surface(work, m, loss)]):
+                record["surface"] += runs
+                record["chosen"][loss][m] = chosen(runs)
+    rates = record["chosen"]
+    if "verdict" in a.parts:
+        record["runs"] = gather((lambda m=m, loss=loss, s=s: run(work, m, loss, rates[loss][m], s))
+                                for loss in a.losses for s in VERDICT for m in rates[loss])
+    if "overfit" in a.parts:
+        record["overfit"] = gather(
+            (lambda m=m, loss=loss, s=s: overfit(work, m, loss, rates[loss][m], 32, s))
+            for loss in a.losses for s in VERDICT for m in rates[loss] if m in ("SVF", "LoRA r16"))
+    record["cost"] = work.do("cost", cost) if "cost" in a.parts else old.get("cost")
+    record |= {k: old[k] for k in ("compose", "before") if k in old}
     record |= dict(seconds=round(time.perf_counter() - began)) | about()
     write_atomic(a.out, json.dumps(record) + "\n")
 
@@ -207,12 +338,14 @@ def main(a):
 if __name__ == "__main__":
     parse = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parse.add_argument("--work", default="runs/baselines", help="folder for finished pieces")
-    parse.add_argument("--parts", nargs="+", default=["main", "compose", "overfit", "next-token", "modules", "cost"])
-    parse.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "baselines.json")
+    parse.add_argument("--parts", nargs="+", default=["surface", "verdict", "overfit"],
+                       help="also: cost (on a quiet machine; else the cost on record stays)")
+    parse.add_argument("--losses", nargs="+", default=LOSSES, choices=LOSSES)
+    parse.add_argument("--finished", action="store_true", help="start no run, record what is there")
+    parse.add_argument("--out", type=Path,
+                       default=Path(__file__).parent / "results" / "baselines.json")
     parse.add_argument("--child", choices=METHODS, help=argparse.SUPPRESS)
     a = parse.parse_args()
-    if a.child: child(a.child)
-    else:
-        torch.set_num_threads(1)
-        _, TOK, TASKS = lab.load("A")
-        main(a)
+    transformers.utils.logging.disable_progress_bar()
+    torch.set_num_threads(1)
+    child(a.child) if a.child else main(a)

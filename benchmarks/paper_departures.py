@@ -7,6 +7,7 @@ verdicts, to all 1,002 elsewhere.
     tune    every variant at three rates, twice apart, on the 223 validation prompts, seeds 0 and 1; while the best is the lowest or the highest rate,
             one more beyond it, five at most. The rate is the one with most right answers; of equals the lowest
     verdict the variant at its own rate, seeds 2 to 6, on the test questions of math (what it learns) and code (what it forgets)
+    control the paper's loop at the rate that was chosen for `no KL`, seeds 2, 3 and 4: is it the KL term or the rate? Asked after the verdicts were seen
 
 and with what needs no rate of its own, seeds 0, 1 and 2:
 
@@ -66,7 +67,7 @@ LEAK = MIXED | dict(steps=10, batch_size=64, lr=1e-2)
 SKILLS = ("math", "code", "logic")
 ASKED = dict(ask=lambda p: f"{p} which skill ?", say=lambda label: f"\\boxed{{ {label} }}", other="other", max_new_tokens=4)
 N_TEST = 501
-PARTS = ("tune", "verdict", "mixer", "dose", "bf16", "start", "other", "leak")
+PARTS = ("tune", "verdict", "control", "mixer", "dose", "bf16", "start", "other", "leak")
 
 
 def bits(right) -> str: return f"{int('1' + ''.join(str(int(r)) for r in right), 2):x}" # a leading 1 keeps the zeros
@@ -131,8 +132,8 @@ def tune(done, name, rate, seed) -> dict:
     right = score(model, TASKS["math"], split="validation")
     return dict(correct=sum(right), n=len(right), reward=round(metrics[-1]["reward"], 4), kl=round(metrics[-1]["kl"], 4))
 
-def verdict(done, name, seed) -> dict:
-    rate = tuned(done, name)
+def verdict(done, name, seed, rate=None) -> dict: # rate: None takes the one chosen
+    rate = rate or tuned(done, name)
     model, metrics = run(done, name, rate, seed)
     return dict(lr=rate, reward=[round(m["reward"], 4) for m in metrics], kl=round(metrics[-1]["kl"], 4),
                 tasks={t: against(base_of(done, t, N_TEST), half(model, TASKS[t])) for t in ("math", "code")})
@@ -256,6 +257,7 @@ def pieces(done, parts, names, seeds) -> dict: # {name: function of what is done
     for v in names:
         todo |= {f"tune/{v}/{r:g}/{s}": (lambda d, v=v, r=r, s=s: tune(d, v, r, s)) for r in wanted(done, v) for s in TUNE_SEEDS}
         if not wanted(done, v): todo |= {f"verdict/{v}/{s}": (lambda d, v=v, s=s: verdict(d, v, s)) for s in seeds}
+    if not wanted(done, "no KL"): todo |= {f"control/{s}": (lambda d, s=s: verdict(d, "paper", s, tuned(d, "no KL"))) for s in VERDICT_SEEDS[:3]}
     todo |= {f"{kind.__name__}/{s}": (lambda d, kind=kind, s=s: kind(d, s)) for kind in (mixer, dose) for s in SEEDS} | dict(bf16=bf16)
     todo |= {f"start/{std:g}/{s}": (lambda d, std=std, s=s: start(d, std, s)) for std in (1e-3, 1e-2) for s in SEEDS}
     todo |= dict(other=other)

@@ -8,9 +8,9 @@ from peft import PeftModel
 from safetensors.torch import load_file
 
 import reinforce_toy as toy
-from transformer2_nbdev import evaluate, reinforce
+from transformer2_nbdev import evaluate, reinforce, rollout
 from transformer2_nbdev.reinforce import Diverged, ReinforceConfig, Run, advantages, policy_step, sft, train_expert
-from transformer2_nbdev.rollout import Rollouts
+from transformer2_nbdev.rollout import Rollouts, vocab_logprobs
 from transformer2_nbdev.tasks import Task
 
 fork = multiprocessing.get_context("fork")
@@ -235,7 +235,7 @@ def per_answer(losses, z): return torch.stack([torch.cat([g.flatten() for g in t
 @pytest.mark.parametrize("temperature", [1., .6])
 def test_over_all_pairs_of_answers_leave_one_out_is_exact_and_group_points_the_same_way(temperature):
     model, z, every = everything(temperature)
-    logp = reinforce.vocab_logprobs(model, every.ids, every.mask, 2, temperature)
+    logp = vocab_logprobs(model, every.ids, every.mask, 2, temperature)
     pi = (logp.gather(-1, every.ids[:, 2:, None])[..., 0] * every.completion_mask).sum(1).exp()
     assert abs(pi.sum().item() - 1) < 1e-12
     reward = torch.tensor([1., -1., -1., 1., -1.] * 2 + [-1., 1., -1.])
@@ -252,8 +252,8 @@ def test_over_all_pairs_of_answers_leave_one_out_is_exact_and_group_points_the_s
 @pytest.mark.parametrize("of", ["policy", "base"])
 def test_a_baseline_known_beforehand_leaves_the_gradient_of_the_kl_exact(of):
     model, z, every = everything(.8)
-    logp = reinforce.vocab_logprobs(model, every.ids, every.mask, 2, .8)
-    with reinforce.reference(model): ref = reinforce.vocab_logprobs(model, every.ids, every.mask, 2, .8)
+    logp = vocab_logprobs(model, every.ids, every.mask, 2, .8)
+    with reinforce.reference(model): ref = vocab_logprobs(model, every.ids, every.mask, 2, .8)
     pi = (logp.gather(-1, every.ids[:, 2:, None])[..., 0] * every.completion_mask).sum(1).exp()
     exact = per_answer([(pi * (reinforce.kl_per_token(logp, ref, of) * every.completion_mask).sum(1)).sum()], z)[0]
     def ours(**kw): return per_answer([(pi.detach() * reinforce.policy_loss(model, every, torch.zeros(13), 1., of, **kw)[0]).sum()], z)[0]
@@ -313,3 +313,26 @@ def test_a_step_whose_kl_is_rounded_below_zero_stays(monkeypatch, tmp_path):
     monkeypatch.setattr(reinforce, "moved", lambda run, before: -1e-10)
     history = train(tmp_path / "run", lr="auto", steps=2)
     assert [m["step_kl"] for m in history.metrics[1:]] == [0., 0.]
+
+
+@pytest.mark.parametrize("kw", [dict(), dict(kl=0.), dict(kl=0., track_kl=False), dict(kl_of="base", reduction="token"), dict(kl_path=False, temperature=.7)], ids=str)
+@pytest.mark.parametrize("fused", [True, False])
+def test_the_loss_in_pieces_is_the_loss(kw, fused, monkeypatch):
+    whole, m = gradient(fused=fused, **kw | dict(micro_batch=None))
+    monkeypatch.setattr(rollout, "PIECE", 15 * 64)
+    seen = []
+    monkeypatch.setattr(reinforce, "hidden", lambda *args: seen.append(rollout.hidden(*args)) or seen[-1])
+    parts, n = gradient(fused=fused, **kw | dict(micro_batch=None))
+    assert seen and all(h.lean for h in seen)
+    same(parts, whole, rtol=1e-4, atol=1e-6)
+    for k in ("loss", "kl", "entropy", "gap"): assert math.isclose(m[k], n[k], rel_tol=1e-4, abs_tol=1e-5), k
+
+
+def test_the_length_of_a_step_is_the_same_in_pieces(monkeypatch):
+    found = []
+    for piece in (rollout.PIECE, 15 * 64):
+        monkeypatch.setattr(rollout, "PIECE", piece)
+        run = reinforce.begin(toy.policy(), toy.tokenizer(), toy.DOG, config(lr="auto"), None)
+        policy_step(run); run.good = reinforce.snapshot(run)
+        found.append(reinforce.trusted(run))
+    assert math.isclose(found[0]["step_kl"], found[1]["step_kl"], rel_tol=1e-3)

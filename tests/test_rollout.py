@@ -12,8 +12,9 @@ from transformers import (AutoModelForCausalLM, AutoTokenizer, GenerationConfig,
 from transformer2_nbdev.adapter import SvfConfig
 from transformer2_nbdev.fused import fused
 from transformer2_nbdev.mixture import mixture
-from transformer2_nbdev.rollout import (Recorder, encode, entropy, eos_ids, generate, inner, pad_id, rollout, sample_batch, sampling_config, token_logprobs,
-                                        undisturbed, vocab_logprobs)
+from transformer2_nbdev import rollout as rooms
+from transformer2_nbdev.rollout import (Recorder, encode, entropy, eos_ids, forked_rng, generate, hidden, inner, kl_per_token, pad_id, pad_left, places, rollout,
+                                        sample_batch, sample_steps, sample_whole, sampling_config, token_logprobs, undisturbed, until_eos, vocab_logprobs)
 from transformer2_nbdev.tasks import Task, Verdict
 
 STORIES = Path(os.environ.get("TRANSFORMER2_DATA", Path(__file__).resolve().parents[2] / "shared" / "data")) / "stories260k"
@@ -37,9 +38,9 @@ def llama(scale=4, **kwargs):
     return model
 
 
-def gpt2():
+def gpt2(n_positions=64):
     torch.manual_seed(0)
-    model = GPT2LMHeadModel(GPT2Config(vocab_size=44, n_embd=32, n_layer=2, n_head=4, n_positions=64, bos_token_id=0, eos_token_id=1)).eval()
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=44, n_embd=32, n_layer=2, n_head=4, n_positions=n_positions, bos_token_id=0, eos_token_id=1)).eval()
     with torch.no_grad():
         for p in model.parameters(): p.mul_(4 if p.dim() > 1 else 1)
     return model
@@ -300,3 +301,213 @@ def test_sampling_inside_undisturbed_by_hand():
         with torch.no_grad(): logp = model(ids).logits[0, -1].log_softmax(-1)
         assert part["tokens"][0, t] == logp.argmax() and math.isclose(part["logprobs"][0, t], logp.max(), abs_tol=1e-4)
         ids = torch.cat([ids, logp.argmax()[None, None]], 1)
+
+
+# ---- two loops: rows that leave, prompts read once, beginnings shared
+
+def loops(model, rows, n=12, eos=(1, 7, 8, 9, 10, 11), **how):
+    "Tokens and log-probabilities up to the EOS, by our loop and by the library's, from one seed."
+    config, out = sampling_config(max_new_tokens=n, eos_token_id=list(eos) or None, pad_token_id=0, **how), []
+    for sample in (sample_steps, sample_whole):
+        with undisturbed(model), forked_rng(3, torch.device("cpu")): tokens, logps = sample(model, *pad_left(rows, 0), config)
+        kept = until_eos(tokens, list(eos))
+        out.append((tokens * kept, logps * kept))
+    return out
+
+
+def small(cls, config, **kw):
+    torch.manual_seed(0)
+    sizes = dict(vocab_size=44, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, bos_token_id=0, eos_token_id=1,
+                 pad_token_id=None)
+    model = cls(config(**sizes | kw)).eval()
+    with torch.no_grad():
+        for n, p in model.named_parameters(): p.mul_(3 if p.dim() > 1 else 1)
+    return model
+
+
+def architectures():
+    import transformers as t
+    yield "llama", llama
+    yield "gpt2", lambda: gpt2(128)
+    yield "gemma2", lambda: small(t.Gemma2ForCausalLM, t.Gemma2Config, head_dim=8, final_logit_softcapping=4., sliding_window=8)
+    yield "gemma2, wide window", lambda: small(t.Gemma2ForCausalLM, t.Gemma2Config, head_dim=8, final_logit_softcapping=4., sliding_window=500)
+    yield "mistral", lambda: small(t.MistralForCausalLM, t.MistralConfig, sliding_window=9)
+    yield "cohere", lambda: small(t.CohereForCausalLM, t.CohereConfig, logit_scale=.3)
+    yield "granite", lambda: small(t.GraniteForCausalLM, t.GraniteConfig, logits_scaling=2.5)
+    yield "qwen2, tied", lambda: small(t.Qwen2ForCausalLM, t.Qwen2Config, tie_word_embeddings=True)
+    yield "phi, biased head", lambda: small(t.PhiForCausalLM, t.PhiConfig, num_key_value_heads=4)
+    yield "neox", lambda: small(t.GPTNeoXForCausalLM, t.GPTNeoXConfig)
+
+
+ARCHS = dict(architectures())
+TURN = [3 + i % 40 for i in range(60)]
+RAGGED = [[7], [8, 9], [9, 10, 11, 12, 13, 14, 15], [9, 10, 11], [20, 21], [22] * 5]
+
+
+@pytest.mark.parametrize("rows", [RAGGED, RAGGED * 4, [TURN + r for r in RAGGED], [TURN + r for r in RAGGED] * 3], ids=["all different", "repeated", "shared turn", "both"])
+@pytest.mark.parametrize("name", ARCHS)
+def test_our_loop_draws_the_librarys_tokens(name, rows):
+    model = ARCHS[name]()
+    for how in (dict(temperature=1.), dict(temperature=0.), dict(temperature=.7, top_p=.8, top_k=9)):
+        (tokens, logps), (theirs, their_logps) = loops(model, rows, **how)
+        w = min(tokens.shape[1], theirs.shape[1])
+        assert torch.equal(tokens[:, :w], theirs[:, :w]) and not tokens[:, w:].any() and not theirs[:, w:].any()
+        assert torch.allclose(logps[:, :w], their_logps[:, :w], atol=1e-4)
+
+
+def test_rows_leave_and_prompts_are_read_once(monkeypatch):
+    model, seen = llama(), []
+    handle = model.model.register_forward_pre_hook(lambda m, a, kw: seen.append(tuple(kw["input_ids"].shape)), with_kwargs=True)
+    loops(model, [TURN + r for r in RAGGED] * 4, 20)
+    handle.remove()
+    ours = seen[:next(i for i, s in enumerate(seen) if s == (24, 67))]           # the library reads the rectangle
+    assert ours[:2] == [(1, 60), (6, 7)] and ours[2][0] <= 24 and ours[-1][0] < 12 and all(s[1] == 1 for s in ours[2:])
+
+
+@pytest.mark.parametrize("name", ["state space", "prompt tuning", "mixture"])
+def test_what_cannot_be_stepped_goes_through_the_library(name, monkeypatch):
+    monkeypatch.setattr(rooms, "sample_steps", None)                             # calling it would fail
+    if name == "state space":
+        from transformers import MambaConfig, MambaForCausalLM
+        torch.manual_seed(0)
+        model = MambaForCausalLM(MambaConfig(vocab_size=44, hidden_size=16, num_hidden_layers=1, state_size=4)).eval()
+        assert generate(model, words(), ["w3 w4"] * 3, 4, seed=0).completion_mask.any()
+    if name == "prompt tuning":
+        from peft import PromptTuningConfig
+        model = get_peft_model(llama(), PromptTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM")).eval()
+        assert not rooms.can_step(model)
+    if name == "mixture":
+        model = spread(llama())
+        with mixture(model, [[1.], [0.]]): assert not rooms.can_step(model) and generate(model, words(), ["w3", "w4"], 4, 0.)
+        assert rooms.can_step(model)
+        with mixture(model, [.5]): assert rooms.can_step(model)                  # one mixture for all rows
+
+
+# ---- log-probabilities in pieces
+
+def spread(model, **kw):
+    "The model with an SVF adapter that has left z = 1."
+    model = get_peft_model(model, SvfConfig(**dict(target_modules="all-linear") | kw)).eval()
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for n, p in model.named_parameters():
+            if p.requires_grad: p.normal_(0, .3)
+    return model
+
+
+def numbers(model, ids, mask, P, piece, temperature=1., of="policy", around=None):
+    "The three numbers and the gradient of a loss in them, with tables cut into pieces of `piece` logits."
+    from contextlib import nullcontext
+    from transformer2_nbdev.reinforce import reference
+    old, rooms.PIECE = rooms.PIECE, piece
+    model.zero_grad()
+    try:
+        with around(model) if around else nullcontext():
+            with reference(model): ref = hidden(model, ids, mask, P, temperature)
+            now = hidden(model, ids, mask, P, temperature)
+            taken, h, kl = places(now, ref, of)
+            w = torch.linspace(-1, 1, taken.numel()).view_as(taken)
+            (w * taken + .3 * kl).sum().backward()
+    finally: rooms.PIECE = old
+    return (taken.detach(), h, kl.detach(), torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])), now.lean
+
+
+def close(a, b):
+    for x, y in zip(a, b): assert (x - y).abs().max() <= 1e-5 * max(1, y.abs().max()), (x - y).abs().max()
+
+
+def ragged(n=7, P=9, T=30):
+    g = torch.Generator().manual_seed(0)
+    ids, mask = torch.randint(2, 44, (n, P + T), generator=g), torch.ones(n, P + T).long()
+    for i in range(n): mask[i, :i], mask[i, P + T - 3 * i:] = 0, 0
+    return ids, mask, P
+
+
+@pytest.mark.parametrize("name", ARCHS)
+@pytest.mark.parametrize("of,temperature", [("policy", 1.), ("base", .7)])
+def test_pieces_give_the_plain_forms_numbers_and_gradient(name, of, temperature):
+    model = spread(ARCHS[name]())
+    (a, lean), (b, whole) = (numbers(model, *ragged(), piece, temperature, of) for piece in (44 * 64, 10 ** 9))
+    assert lean and not whole and b[3].abs().max() > 0
+    close(a, b)
+
+
+@pytest.mark.parametrize("kw", [dict(target_modules=["lm_head", "q_proj"]), dict(target_modules=["q_proj"], modules_to_save=["lm_head"])], ids=["SVF on the head", "head saved"])
+def test_a_head_that_is_trained_takes_the_plain_way(kw):
+    model = spread(llama(), **kw)
+    (a, lean), (b, _) = (numbers(model, *ragged(), piece) for piece in (44 * 64, 10 ** 9))
+    assert not lean
+    close(a, b)
+    model = get_peft_model(llama(), LoraConfig(target_modules=["lm_head", "q_proj"], init_lora_weights=False)).eval()
+    assert not numbers(model, *ragged(), 44 * 64)[1]
+
+
+def test_pieces_within_fused_under_checkpointing_and_a_mixture():
+    (a, lean), (b, _) = (numbers(spread(llama()), *ragged(), piece, around=around) for piece, around in ((44 * 64, fused), (10 ** 9, None)))
+    assert lean
+    close(a, b)
+    model = spread(llama()); model.train(); inner(model).gradient_checkpointing_enable(dict(use_reentrant=False))
+    c, lean = numbers(model, *ragged(), 44 * 64)
+    assert lean
+    close(c, b)
+    model = get_peft_model(llama(), SvfConfig(target_modules="all-linear"), adapter_name="a").eval()
+    model.add_adapter("b", SvfConfig(target_modules="all-linear"))
+    with torch.no_grad():
+        for n, p in model.named_parameters():
+            if "svf_d" in n: p.normal_(0, .4)
+    weights = torch.linspace(0, 1, 14).view(7, 2).requires_grad_()
+    def slope(piece):
+        old, rooms.PIECE = rooms.PIECE, piece
+        with mixture(model, weights, ["a", "b"]): loss = token_logprobs(model, *ragged()).sum()
+        rooms.PIECE = old
+        return loss, torch.autograd.grad(loss, weights)[0]
+    close(slope(44 * 64), slope(10 ** 9))
+
+
+def test_a_model_that_treats_its_logits_in_its_own_way_is_noticed(monkeypatch):
+    class Odd(LlamaForCausalLM):
+        def forward(self, *args, **kwargs):
+            out = super().forward(*args, **kwargs)
+            out.logits = out.logits.sin()
+            return out
+    odd = Odd(llama().config); odd.load_state_dict(llama().state_dict()); odd.eval().requires_grad_(False)
+    ids, mask, P = ragged()
+    monkeypatch.setattr(rooms, "PIECE", 44 * 64)
+    with torch.no_grad():
+        assert not hidden(odd, ids, mask, P).lean and odd in rooms.ODD
+        logp = vocab_logprobs(odd, ids, mask, P)
+        assert torch.equal(token_logprobs(odd, ids, mask, P), logp.gather(-1, ids[:, P:, None])[..., 0].masked_fill(mask[:, P:] == 0, 0))
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma2, wide window"])
+def test_a_shared_beginning_changes_no_number_and_no_gradient(name, monkeypatch):
+    model, calls = spread(ARCHS[name]()), []
+    ids, mask = pad_left([TURN + r for r in RAGGED], 0)
+    ids, mask = torch.cat([ids, torch.randint(2, 44, (6, 5))], 1), torch.cat([mask, torch.ones(6, 5).long()], 1)
+    shared = numbers(model, ids, mask, 67, 10 ** 9)[0]
+    assert rooms.to_share(model, ids, mask, 67) == 60
+    monkeypatch.setattr(rooms, "to_share", lambda *args: calls.append(1) or 0)
+    close(shared, numbers(model, ids, mask, 67, 10 ** 9)[0])
+    assert len(calls) == 2
+
+
+def test_pieces_hold_no_table_of_the_vocabulary():
+    "The largest tensor that exists inside is a piece."
+    from torch.utils._python_dispatch import TorchDispatchMode
+    class Largest(TorchDispatchMode):
+        most = 0
+        def __torch_dispatch__(self, f, types, args=(), kwargs=None):
+            out = f(*args, **kwargs or {})
+            for x in out if isinstance(out, (tuple, list)) else [out]:
+                if torch.is_tensor(x) and x.shape[-1:] == (44,): Largest.most = max(Largest.most, x.numel())
+            return out
+    model = spread(llama())
+    with Largest(): numbers(model, *ragged(), 44 * 64)
+    assert 0 < Largest.most <= 44 * 64 < 7 * 30 * 44
+
+
+def test_a_head_that_is_spread_over_processes_takes_the_plain_way():
+    model = llama().requires_grad_(False)
+    assert rooms.plain_head(model) is model.lm_head
+    model.lm_head.weight.device_mesh = "as a DTensor has"
+    assert rooms.plain_head(model) is None

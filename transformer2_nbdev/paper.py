@@ -42,11 +42,13 @@ def data_files(folder: str) -> dict: # name -> Path of the JSON files shipped in
     found = Path(str(files("transformer2_nbdev") / "data" / folder)).glob("*.json")
     return {p.stem: p for p in sorted(found)}
 
+# %% ../nbs/23_paper.ipynb #c1a9e052
 def tables() -> dict: # name -> Table
     "All tables of the paper"
     return {name: Table(name, **json.loads(p.read_text(encoding="utf-8")))
             for name, p in data_files("paper").items() if name != "items"}
 
+# %% ../nbs/23_paper.ipynb #c1a9e053
 def table(name: str) -> Table:
     "One table of the paper, by name"
     if name not in (all_ := tables()):

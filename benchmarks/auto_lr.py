@@ -1,0 +1,174 @@
+"""lr="auto" against fixed rates: `python benchmarks/auto_lr.py --work FOLDER --tasks math dog`.
+
+    math, code   lab base A, 667k parameters: 20 steps of 128 answers
+    dog          stories260k, "the story mentions a dog": 20 steps of 64 stories of 48 tokens
+    dispatch     SmolLM2-135M-Instruct, "which teacher should answer: math, code or science?": three
+                 example turns as messages, questions of GSM8K, MBPP and ARC, 4 steps of 48 answers
+
+The same command and the same defaults everywhere but for `lr`, the number of steps and the size of
+a batch. The z of the last step is what is measured, so that nothing is chosen on a validation. On
+test questions: greedy accuracy (lab, dispatch); mean reward and divergence from the base (nats a
+token and an answer, exact at every place) of one sampled answer each. Rates and seeds were written
+down before the first run. Finished runs are files in FOLDER, a run of the real model goes on from
+its last step, and an interrupted benchmark (`timeout -s INT 300 python ...`) goes on from there.
+The record is benchmarks/results/auto-lr.json. The real model is a folder named by --chat.
+"""
+import argparse, json, os, random, statistics, time
+from functools import cache
+from pathlib import Path
+
+import torch
+from peft import get_peft_model
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from pieces import Work, about, pack
+from transformer2_nbdev import lab
+from transformer2_nbdev.adapter import SvfConfig
+from transformer2_nbdev.evaluate import evaluate, write_atomic
+from transformer2_nbdev.reinforce import (Diverged, ReinforceConfig, kl_per_token, reference,
+                                          train_expert)
+from transformer2_nbdev.rollout import rollout, vocab_logprobs
+from transformer2_nbdev.tasks import Task
+
+ROOT = Path(__file__).resolve().parent.parent
+DATA = Path(os.environ.get("TRANSFORMER2_DATA") or ROOT.parent / "shared" / "data")
+RATES = dict(math=("auto", 3e-3, 1e-2, 3e-2), code=("auto", 3e-3, 1e-2, 3e-2),
+             dog=("auto", 3e-3, 1e-2, 3e-2), dispatch=("auto", 2e-3, 1e-2))
+SETTINGS = dict(math=dict(steps=20, batch_size=128, rollout_batch=128),
+                code=dict(steps=20, batch_size=128, rollout_batch=128),
+                dog=dict(steps=20, batch_size=64),
+                dispatch=dict(steps=4, batch_size=48, rollout_batch=24))
+SIZES = dict(math=501, code=501, dog=192, dispatch=48)       # test questions that are sampled
+CHAT = dict(model=None, cache=None)                          # folders, from the command line
+
+
+def lines(path): return [json.loads(line) for line in path.read_text().splitlines()]
+
+def dog(text, example): return 1. if "dog" in text.lower() else -1.
+
+def story(split): return [dict(prompt="Once upon a time")] * (192 if split == "test" else 1)
+
+DOG = Task("dog", story, lambda e: e["prompt"], dog, max_new_tokens=48)
+
+ASK = "{}\nWhich teacher should answer: math, code or science?"
+SHOTS = [("Write a function that reverses a list.", "code"),
+         ("Tom has 3 apples and buys 2. How many?", "math"),
+         ("Why is the sky blue?", "science")]
+
+
+@cache
+def questions(split):
+    "Questions of the three subjects in turn: 600 to train on, 90 to validate, 90 to test"
+    sources = dict(math=lines(DATA / "gsm8k" / "train.jsonl"),
+                   code=lines(DATA / "mbpp" / "mbpp.jsonl"),
+                   science=lines(DATA / "arc" / "ARC-Easy-train.jsonl"))
+    pick = dict(train=slice(200), validation=slice(200, 230), test=slice(230, 260))[split]
+    text = lambda row: row.get("question") or row["text"]
+    texts = {k: sorted(filter(lambda t: len(t) < 220, map(text, v))) for k, v in sources.items()}
+    texts = {k: random.Random(0).sample(v, 260)[pick] for k, v in texts.items()}
+    return [dict(question=q, gold=k) for row in zip(*texts.values()) for k, q in zip(texts, row)]
+
+
+def messages(e):
+    "Three example turns, then the question"
+    turns = [(role, said) for q, a in SHOTS for role, said in (("user", ASK.format(q)),
+                                                              ("assistant", a))]
+    turns += [("user", ASK.format(e["question"]))]
+    return [dict(role=role, content=said) for role, said in turns]
+
+
+def named(text, e): return 1. if text.strip().strip(".").lower() == e["gold"] else -1.
+
+DISPATCH = Task("dispatch", questions, messages, named, max_new_tokens=4)
+
+
+@cache
+def base(task):
+    "(model, tokenizer, task)"
+    if task in ("math", "code"): return *lab.load("A")[:2], lab.load("A")[2][task]
+    folder, task = (DATA / "stories260k", DOG) if task == "dog" else (CHAT["model"], DISPATCH)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    return model, AutoTokenizer.from_pretrained(folder), task
+
+
+def measured(model, tok, task, n):
+    "What the model does on test questions"
+    r = rollout(model, tok, task, task.examples("test")[:n], seed=1, batch_size=48)
+    nats = []
+    with torch.no_grad():
+        for i in range(0, len(r), 48):
+            q = r[list(range(i, min(i + 48, len(r))))]
+            args = q.ids, q.mask, q.prompt_len
+            logp = vocab_logprobs(model, *args)
+            with reference(model): ref = vocab_logprobs(model, *args)
+            nats += (kl_per_token(logp, ref) * q.completion_mask).sum(1).tolist()
+    row = dict(n=len(r), reward=r.rewards.mean().item(), right=int((r.rewards > 0).sum()),
+               nats=statistics.mean(nats), nats_a_token=sum(nats) / int(r.lengths.sum()))
+    if task.name == "dog": return row
+    greedy = evaluate(model, tok, task, limit=501, batch_size=48, progress=False)
+    return row | dict(greedy=greedy.correct, greedy_n=greedy.n, bits=pack(greedy.items))
+
+
+def adapted(name, seed):
+    "A fresh SVF adapter on the task's base"
+    model, tok, task = base(name)
+    torch.manual_seed(seed)
+    cache_dir = CHAT["cache"] if name == "dispatch" else None
+    config = SvfConfig(target_modules="all-linear", cache_dir=cache_dir)
+    return get_peft_model(model, config), tok, task
+
+
+def untrained(name):
+    model, tok, task = adapted(name, 0)
+    row = dict(task=name, lr=None) | measured(model, tok, task, SIZES[name])
+    model.unload()
+    return row
+
+
+def one(name, seed, lr, folder):
+    "Train at this rate; what the last z does on test questions"
+    model, tok, task = adapted(name, seed)
+    steps = iter(range(10 ** 6))
+    config = ReinforceConfig(**SETTINGS[name], val_every=0, val_limit=8, seed=seed, lr=lr)
+    row = dict(task=name, seed=seed, lr=lr)
+    resume = folder is not None and (folder / "state.pt").is_file()
+    try: h = train_expert(model, tok, task, config, folder, resume, lambda *_: next(steps), False)
+    except Diverged as e:
+        model.unload()
+        return row | dict(diverged=str(e)[:80])
+    column = lambda k: [float(f"{x:.3g}") for x in h.column(k)[1]]
+    row |= dict(seconds=round(sum(h.column("seconds")[1]), 1), lr_used=column("lr"),
+                step_kl=column("step_kl"), rewards=column("reward"), kl=column("kl"))
+    row |= measured(model, tok, task, SIZES[name])
+    model.unload()
+    return row
+
+
+def main():
+    raw = argparse.RawDescriptionHelpFormatter
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    p.add_argument("--work", required=True)
+    p.add_argument("--tasks", nargs="+", default=list(RATES), choices=list(RATES))
+    p.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    p.add_argument("--rates", nargs="+", help="only these")
+    p.add_argument("--chat", help="folder of SmolLM2-135M-Instruct, for dispatch")
+    p.add_argument("--cache", help="folder for its decompositions")
+    p.add_argument("--out", default=str(ROOT / "benchmarks" / "results" / "auto-lr.json"))
+    a = p.parse_args()
+    torch.set_num_threads(1)
+    CHAT.update(model=a.chat, cache=a.cache)
+    work = Work(a.work)
+    for name in a.tasks:
+        work.do(f"{name}-base", lambda: untrained(name))
+        for seed in a.seeds:
+            for lr in RATES[name]:
+                if a.rates and str(lr) not in a.rates: continue
+                run = work.folder / f"run-{lr}-{seed}" if name == "dispatch" else None
+                work.do(f"{name}-{lr}-{seed}", lambda: one(name, seed, lr, run))
+    rows = [json.loads(f.read_text()) for f in sorted(work.folder.glob("*.json"))]
+    command = "python benchmarks/auto_lr.py --work FOLDER"
+    record = about() | dict(command=command, settings=SETTINGS, rates=RATES, rows=rows)
+    write_atomic(Path(a.out), json.dumps(record, indent=1) + "\n")
+
+
+if __name__ == "__main__": main()
