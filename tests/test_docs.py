@@ -8,7 +8,7 @@ from urllib.parse import unquote, urldefrag, urlsplit
 
 import numpy as np
 import pytest
-from reader import RE_CALLOUT, callout, directives, link_names, markdown, read, rooms, tutorials
+from reader import RE_BADGE, RE_CALLOUT, callout, directives, link_names, markdown, read, rooms, tutorials
 from readme import readme
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -55,6 +55,12 @@ def test_the_readme_follows_the_front_door():
     assert (ROOT / "README.md").read_text(encoding="utf-8") == text, "run python docs/readme.py"
     assert images and all((ROOT / n).read_bytes() == b for n, b in images.items())
     for target in re.findall(r"\]\((?!http)([^)#]+)", text): assert (ROOT / target).exists(), target
+
+
+def test_a_notebook_carries_its_own_button():
+    for r in rooms() + tutorials():
+        prose = "\n".join("".join(c["source"]) for c in json.loads(r.path.read_text(encoding="utf-8"))["cells"] if c["cell_type"] == "markdown")
+        assert [m[1] for m in RE_BADGE.finditer(prose)] == [r.colab], r.path.name
 
 
 def test_rooms_keep_to_their_size():

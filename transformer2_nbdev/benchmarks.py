@@ -148,16 +148,17 @@ _EXAMPLE = dict(gsm8k=_gsm8k, math=_math, arc=_arc_example, textvqa=_textvqa,
 SYSTEM = dict(
     math="Solve the problem step by step. Put the final answer, and nothing else, in \\boxed{}.",
     code="You are an exceptionally intelligent coding assistant that consistently delivers "
-         "accurate and reliable responses to user instructions.",
+    "accurate and reliable responses to user instructions.",
     choice="The following are multiple choice questions (with answers). Think step by step and "
-           "then finish your answer with \"the answer is (X)\" where X is the correct letter choice.",
+    "then finish your answer with \"the answer is (X)\" where X is the correct letter choice.",
     vqa="Answer the question about the image with a single word or phrase.",
     skill="Say which skill the question needs.\n"
-          "- code: it asks for a program, a function or an algorithm.\n"
-          "- math: it asks for a calculation, a formula or a number.\n"
-          "- reasoning: it asks for knowledge of the world and logic, "
-          "often by a choice among statements.\n- other: none of these.\n"
-          "If several fit, choose the one it needs most. Answer in this form: \\boxed{skill}")
+    "- code: it asks for a program, a function or an algorithm.\n"
+    "- math: it asks for a calculation, a formula or a number.\n"
+    "- reasoning: it asks for knowledge of the world and logic, "
+    "often by a choice among statements.\n- other: none of these.\n"
+    "If several fit, choose the one it needs most. Answer in this form: \\boxed{skill}",
+)
 
 # %% ../nbs/19_benchmarks.ipynb #6e0208c7
 def ask_code(e):

@@ -16,12 +16,17 @@ from .prompt import Dispatch
 # %% ../nbs/12_classifier.ipynb #a172865f
 class Classifier(Dispatch):
     "The strategy that asks an expert trained to recognise the question (paper §3.2, B)"
-    def __init__(self, model: PeftModel, tokenizer,
-                 labels: dict,               # {label: expert}; None as the expert means the base
-                 expert: str = "cls",        # name of the classification expert
-                 folder: str | Path = None,  # where to load it from; None: it is on the model already
-                 **kwargs):                  # of `Dispatch`: method, ask, read, say, ...
-        if expert in labels.values(): raise ValueError(f"{expert!r} is the classifier and cannot answer as well: give labels the experts that answer")
+    def __init__(
+        self, model: PeftModel, tokenizer,
+        labels: dict,                       # {label: expert}; None as the expert means the base
+        expert: str = "cls",                # name of the classification expert
+        folder: str | Path = None,          # where to load it from; None: it is on the model already
+        **kwargs                            # of `Dispatch`: method, ask, read, say, ...
+    ):
+        if expert in labels.values():
+            raise ValueError(
+                f"{expert!r} is the classifier and cannot answer as well: give labels the experts that answer"
+            )
         if folder is not None: load_experts(model, {expert: folder})
         super().__init__(model, tokenizer, labels, active=expert, **kwargs)
         check_experts(model, [expert, *self.experts])

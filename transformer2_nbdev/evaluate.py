@@ -33,7 +33,8 @@ def wilson(k: float,                  # right answers
            confidence: float = .95,
           ) -> tuple[float, float]:   # (low, high)
     "Wilson's score interval for a proportion (JASA 22, 1927)."
-    if n < 1 or not 0 <= k <= n: raise ValueError(f"wilson needs 0 <= k <= n and n >= 1, got k={k}, n={n}")
+    if n < 1 or not 0 <= k <= n:
+        raise ValueError(f"wilson needs 0 <= k <= n and n >= 1, got k={k}, n={n}")
     z, p = NormalDist().inv_cdf((1 + confidence) / 2), k / n
     centre, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
     low, high = ((centre + s * half) / (1 + z * z / n) for s in (-1, 1))
@@ -43,19 +44,27 @@ def wilson(k: float,                  # right answers
 def mcnemar(gained: int, lost: int) -> float: # two-sided p
     "Exact McNemar test: a sign test on the questions that changed sides."
     n = gained + lost
-    return min(1., sum(comb(n, i) for i in range(min(gained, lost) + 1)) / 2 ** (n - 1)) if n else 1.
+    return (
+        min(1.0, sum(comb(n, i) for i in range(min(gained, lost) + 1)) / 2 ** (n - 1)) if n else 1.0
+    )
 
 # %% ../nbs/08_evaluate.ipynb #41bfcd2a
-def bootstrap(gained: int, lost: int, n: int, confidence: float = .95, resamples: int = 10_000, seed: int = 0) -> tuple[float, float]: # (low, high)
+def bootstrap(
+    gained: int, lost: int, n: int, confidence: float = 0.95, resamples: int = 10_000, seed: int = 0
+) -> tuple[float, float]:  # (low, high)
     "Percentile bootstrap of (gained - lost) / n over questions."
-    draws = np.random.default_rng(seed).multinomial(n, [gained / n, lost / n, 1 - (gained + lost) / n], resamples)
-    low, high = np.quantile((draws[:, 0] - draws[:, 1]) / n, [(1 - confidence) / 2, (1 + confidence) / 2])
+    draws = np.random.default_rng(seed).multinomial(
+        n, [gained / n, lost / n, 1 - (gained + lost) / n], resamples)
+    low, high = np.quantile((draws[:, 0] - draws[:, 1]) / n,
+                            [(1 - confidence) / 2, (1 + confidence) / 2])
     return float(low), float(high)
 
 # %% ../nbs/08_evaluate.ipynb #092dd9e8
 def item_id(prompt: str, gold) -> str: # 16 hex digits
     "Identity of a question: its text and its gold answer."
-    return hashlib.sha256(json.dumps([prompt, None if gold is None else str(gold)]).encode()).hexdigest()[:16]
+    return hashlib.sha256(
+        json.dumps([prompt, None if gold is None else str(gold)]).encode()
+    ).hexdigest()[:16]
 
 def items_digest(items: list[dict]) -> str: # 16 hex digits
     "Identity of a list of questions, in their order."
@@ -63,11 +72,16 @@ def items_digest(items: list[dict]) -> str: # 16 hex digits
 
 def check_same_items(a: list[dict], b: list[dict]) -> None:
     "Raise ValueError with the reason unless both answered the same questions."
-    if len(a) != len(b): raise ValueError(f"cannot compare: {len(a)} questions against {len(b)}; evaluate both with the same split and limit")
+    if len(a) != len(b):
+        raise ValueError(
+            f"cannot compare: {len(a)} questions against {len(b)}; evaluate both with the same split and limit"
+        )
     for i, (x, y) in enumerate(zip(a, b)):
         if x["id"] != y["id"]:
             what = "gold answers" if x["prompt"] == y["prompt"] else "questions"
-            raise ValueError(f"cannot compare: different {what} at item {i}: {x['prompt'][-50:]!r} ({x['gold']}) against {y['prompt'][-50:]!r} ({y['gold']})")
+            raise ValueError(
+                f"cannot compare: different {what} at item {i}: {x['prompt'][-50:]!r} ({x['gold']}) against {y['prompt'][-50:]!r} ({y['gold']})"
+            )
 
 # %% ../nbs/08_evaluate.ipynb #3ca75a92
 @dataclass
@@ -81,7 +95,8 @@ class Paired:
     gained: int      # B right, A wrong
     lost: int        # A right, B wrong
 
-    def __str__(self): return f"{100 * self.diff:+.1f} points ({100 * self.low:+.1f} to {100 * self.high:+.1f}), p = {self.p:.2g}, {self.gained} gained, {self.lost} lost, n = {self.n}"
+    def __str__(self):
+        return f"{100 * self.diff:+.1f} points ({100 * self.low:+.1f} to {100 * self.high:+.1f}), p = {self.p:.2g}, {self.gained} gained, {self.lost} lost, n = {self.n}"
 
 # %% ../nbs/08_evaluate.ipynb #4a01bd40
 def paired(a, b,                      # Results, or lists of their items; the difference is b - a
@@ -93,8 +108,12 @@ def paired(a, b,                      # Results, or lists of their items; the di
     a, b = (getattr(x, "items", x) for x in (a, b))
     check_same_items(a, b)
     if not a: raise ValueError("cannot compare: no questions")
-    gained, lost = (sum(x["correct"] and not y["correct"] for x, y in zip(*two)) for two in ((b, a), (a, b)))
-    return Paired((gained - lost) / len(a), *bootstrap(gained, lost, len(a), confidence, resamples, seed), mcnemar(gained, lost), len(a), gained, lost)
+    gained, lost = (
+        sum(x["correct"] and not y["correct"] for x, y in zip(*two)) for two in ((b, a), (a, b))
+    )
+    return Paired((gained - lost) / len(a),
+                  *bootstrap(gained, lost, len(a), confidence, resamples, seed),
+                  mcnemar(gained, lost), len(a), gained, lost)
 
 # %% ../nbs/08_evaluate.ipynb #77679f91
 @dataclass
@@ -111,16 +130,20 @@ class Result:
     settings: dict          # what was evaluated and how: task, split, seed, model, ...
     run: dict               # how it went: command, versions, seconds, peak_memory_mb, resumed
 
-    def __str__(self): return f"{self.settings['task']}: {100 * self.acc:.1f}% ({100 * self.low:.1f} to {100 * self.high:.1f}), n = {self.n}, seed {self.settings['seed']}"
+    def __str__(self):
+        return f"{self.settings['task']}: {100 * self.acc:.1f}% ({100 * self.low:.1f} to {100 * self.high:.1f}), n = {self.n}, seed {self.settings['seed']}"
 
     def to_json(self) -> dict: # without the items
-        return self.settings | dict(n=self.n, correct=self.correct, acc=self.acc, interval=[self.low, self.high], score=self.score, digest=self.digest, run=self.run)
+        return self.settings | dict(n=self.n, correct=self.correct, acc=self.acc,
+                                    interval=[self.low, self.high], score=self.score,
+                                    digest=self.digest, run=self.run)
 
 # %% ../nbs/08_evaluate.ipynb #ae35b4f6
 def make_result(items: list[dict], settings: dict, run: dict = None) -> Result:
     "Count, and put the interval around."
     n, k = len(items), sum(i["correct"] for i in items)
-    return Result(k / n, *wilson(k, n), n, k, mean(i["score"] for i in items), items_digest(items), items, settings, run or {})
+    return Result(k / n, *wilson(k, n), n, k, mean(i["score"] for i in items), items_digest(items),
+                  items, settings, run or {})
 
 # %% ../nbs/08_evaluate.ipynb #d6e934c2
 def write_atomic(path: Path, content: str | bytes) -> None:
@@ -146,12 +169,14 @@ def append_lines(path: Path, text: str) -> None:
             f.truncate(before)
             raise
 
-def _lines(items: list[dict]) -> str: return "".join(json.dumps(i, ensure_ascii=False) + "\n" for i in items)
+def _lines(items: list[dict]) -> str:
+    return "".join(json.dumps(i, ensure_ascii=False) + "\n" for i in items)
 
 def save(result: Result, out: str | Path) -> None:
     "Write items.jsonl and, last, result.json: where that exists, the evaluation is complete."
     write_atomic(Path(out) / "items.jsonl", _lines(result.items))
-    write_atomic(Path(out) / "result.json", json.dumps(result.to_json(), indent=1, ensure_ascii=False) + "\n")
+    write_atomic(Path(out) / "result.json",
+                 json.dumps(result.to_json(), indent=1, ensure_ascii=False) + "\n")
 
 # %% ../nbs/08_evaluate.ipynb #855e93e2
 def is_part(path: Path) -> bool:
@@ -176,12 +201,19 @@ def load(out: str | Path) -> Result:
     "Read an evaluation back; files that do not belong together are refused."
     out = Path(out)
     for name in ("result.json", "items.jsonl"):
-        if not (out / name).is_file(): raise FileNotFoundError(f"{out} holds no {name}: it is no finished evaluation")
+        if not (out / name).is_file():
+            raise FileNotFoundError(f"{out} holds no {name}: it is no finished evaluation")
     head = json.loads((out / "result.json").read_text(encoding="utf-8"))
     if "digest" not in head: raise ValueError(f"{out / 'result.json'} was not written by evaluate")
-    items = [json.loads(l) for l in (out / "items.jsonl").read_text(encoding="utf-8").split("\n") if l]
+    items = [
+        json.loads(l) for l in (out / "items.jsonl").read_text(encoding="utf-8").split("\n") if l
+    ]
     run = head.pop("run", {})
-    settings = {k: v for k, v in head.items() if k not in ("n", "correct", "acc", "interval", "score", "digest")}
+    settings = {
+        k: v
+        for k, v in head.items()
+        if k not in ("n", "correct", "acc", "interval", "score", "digest")
+    }
     r = make_result(items, settings, run) if items else None
     if r is None or (r.digest, r.n, r.correct) != (head["digest"], head["n"], head["correct"]):
         raise ValueError(f"{out}: items.jsonl does not belong to result.json; evaluate again")
@@ -196,8 +228,19 @@ def fingerprint(model: torch.nn.Module, values: int = 4096) -> str: # 16 hex dig
         h.update(f"{name}{tuple(t.shape)}{t.dtype}".encode())
         if t.is_meta or t.numel() == 0: continue
         flat = t.detach().flatten()
-        h.update(flat[::max(1, -(-len(flat) // values))].contiguous().cpu().view(torch.uint8).numpy().tobytes())
-    flags = [(n, m.disable_adapters, m.active_adapters, m.merged_adapters) for n, m in model.named_modules() if hasattr(m, "merged_adapters")]
+        h.update(
+            flat[:: max(1, -(-len(flat) // values))]
+            .contiguous()
+            .cpu()
+            .view(torch.uint8)
+            .numpy()
+            .tobytes()
+        )
+    flags = [
+        (n, m.disable_adapters, m.active_adapters, m.merged_adapters)
+        for n, m in model.named_modules()
+        if hasattr(m, "merged_adapters")
+    ]
     h.update(repr(flags).encode())
     return h.hexdigest()[:16]
 
@@ -218,17 +261,30 @@ def mixed(model, strategy, prompts: list[str]): # (context manager, weights as n
     from transformer2_nbdev.mixture import mixture
     weights = torch.as_tensor(strategy(prompts), dtype=torch.float32).detach()
     if weights.dim() == 1: weights = weights[None]
-    if len(weights) not in (1, len(prompts)): raise ValueError(f"the strategy returned {len(weights)} rows of weights for {len(prompts)} prompts")
+    if len(weights) not in (1, len(prompts)):
+        raise ValueError(
+            f"the strategy returned {len(weights)} rows of weights for {len(prompts)} prompts"
+        )
     rows = weights.expand(len(prompts), *weights.shape[1:])
-    return mixture(model, rows, getattr(strategy, "experts", None), getattr(strategy, "form", "delta")), rows.tolist()
+    return (
+        mixture(model, rows, getattr(strategy, "experts", None),
+                getattr(strategy, "form", "delta")),
+        rows.tolist(),
+    )
 
 # %% ../nbs/08_evaluate.ipynb #cc1b94d7
-def answer_batch(model, tokenizer, task: Task, examples: list, strategy=None, **kwargs) -> list[dict]: # items; kwargs go to `rollout`
+def answer_batch(
+    model, tokenizer, task: Task, examples: list, strategy=None, **kwargs
+) -> list[dict]:  # items; kwargs go to `rollout`
     "One batch of questions, asked, answered and judged."
     prompts = [task.prompt(e) for e in examples]
     context, weights = mixed(model, strategy, prompts)
-    with context: r = rollout(model, tokenizer, task, examples, batch_size=len(examples), sort=False, **kwargs)
-    items = [dict(id=item_id(p, i["gold"])) | i | dict(prompt=p) for p, i in zip(prompts, r.to_items())]
+    with context:
+        r = rollout(model, tokenizer, task, examples, batch_size=len(examples), sort=False,
+                    **kwargs)
+    items = [
+        dict(id=item_id(p, i["gold"])) | i | dict(prompt=p) for p, i in zip(prompts, r.to_items())
+    ]
     for i, w in zip(items, weights or [None] * len(items)):
         del i["sample"]
         if w is not None: i["weights"] = w
@@ -240,9 +296,13 @@ def check_settings(there: dict, now: dict, out: Path) -> None:
     different = [k for k in now if there.get(k) != now[k]]
     if different:
         k = different[0]
-        raise ValueError(f"{out} holds another evaluation ({k} was {there.get(k)!r}, now {now[k]!r}): choose another folder, or overwrite=True")
+        raise ValueError(
+            f"{out} holds another evaluation ({k} was {there.get(k)!r}, now {now[k]!r}): choose another folder, or overwrite=True"
+        )
 
-def read_partial(out: Path, settings: dict, batches: list[list[int]]) -> dict: # {question number: item} of whole batches
+def read_partial(
+    out: Path, settings: dict, batches: list[list[int]]
+) -> dict:  # {question number: item} of whole batches
     "What an interrupted evaluation left behind, and the file cut back to that."
     file, done = out / "items.partial.jsonl", {}
     text = file.read_text(encoding="utf-8", errors="replace") if file.is_file() else ""
@@ -260,20 +320,40 @@ def _append(out: Path, rows: list[dict]) -> None:
     append_lines(out / "items.partial.jsonl", _lines(rows))
 
 # %% ../nbs/08_evaluate.ipynb #52a1be4d
-def settings_of(model, tokenizer, task, prompts, strategy, split, batch_size, temperature, top_p, top_k, seed, max_new_tokens) -> dict: # JSON-ready
+def settings_of(
+    model,
+    tokenizer,
+    task,
+    prompts,
+    strategy,
+    split,
+    batch_size,
+    temperature,
+    top_p,
+    top_k,
+    seed,
+    max_new_tokens,
+) -> dict:  # JSON-ready
     "Everything that the answers of an evaluation depend on."
     chosen = None
     if strategy is not None:
         first = torch.as_tensor(strategy(prompts[:1]), dtype=torch.float32).flatten().tolist()
-        chosen = dict(name=getattr(strategy, "__name__", type(strategy).__name__), experts=getattr(strategy, "experts", None),
+        chosen = dict(name=getattr(strategy, "__name__", type(strategy).__name__),
+                      experts=getattr(strategy, "experts", None),
                       form=getattr(strategy, "form", "delta"), first=[round(x, 6) for x in first])
     base = inner(model)
-    return dict(task=task.name, split=split, questions=len(prompts), model=base.config._name_or_path or type(base).__name__, fingerprint=fingerprint(model),
-                strategy=chosen, batch_size=batch_size, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed, max_new_tokens=max_new_tokens or task.max_new_tokens)
+    return dict(task=task.name, split=split, questions=len(prompts),
+                model=base.config._name_or_path or type(base).__name__,
+                fingerprint=fingerprint(model), strategy=chosen, batch_size=batch_size,
+                temperature=temperature, top_p=top_p, top_k=top_k, seed=seed,
+                max_new_tokens=max_new_tokens or task.max_new_tokens)
 
+# %% ../nbs/08_evaluate.ipynb #79d2f408
 def run_facts(began: float, resumed: int, device: torch.device) -> dict:
     "What may differ between two runs of the same evaluation."
-    return dict(command=shlex.join(sys.argv), versions=versions(), seconds=round(time.perf_counter() - began, 3), peak_memory_mb=peak_memory(device), resumed=resumed)
+    return dict(command=shlex.join(sys.argv), versions=versions(),
+                seconds=round(time.perf_counter() - began, 3), peak_memory_mb=peak_memory(device),
+                resumed=resumed)
 
 # %% ../nbs/08_evaluate.ipynb #a702da85
 def versions() -> dict: # {package: version}
@@ -281,7 +361,9 @@ def versions() -> dict: # {package: version}
     def of(name):
         try: return version(name)
         except PackageNotFoundError: return None
-    return dict(python=platform.python_version()) | {n: of(n) for n in ("transformer2_nbdev", "torch", "transformers", "peft")}
+    return dict(python=platform.python_version()) | {
+        n: of(n) for n in ("transformer2_nbdev", "torch", "transformers", "peft")
+    }
 
 def peak_memory(device: torch.device) -> int: # MB: of the GPU if there is one, else of the process
     "The most memory held so far."
@@ -292,45 +374,54 @@ def peak_memory(device: torch.device) -> int: # MB: of the GPU if there is one, 
     return peak >> (20 if sys.platform == "darwin" else 10)
 
 # %% ../nbs/08_evaluate.ipynb #2c79bd0f
-def evaluate(model, tokenizer, task: Task,
-             strategy=None,              # prompts -> weights (B, K) of the model's experts; None: the model as it is
-             split: str = "test",
-             limit: int = None,          # only the first `limit` questions
-             batch_size: int = 64,
-             temperature: float = 0.,    # 0 is greedy
-             seed: int = 0,              # of the samples, where temperature > 0
-             out: str | Path = None,     # folder for result.json and items.jsonl; an interrupted evaluation in it is resumed
-             max_new_tokens: int = None, # None: the task's own
-             top_p: float = 1., top_k: int = 0,
-             workers: int = None,        # answers judged at a time, see `rollout`
-             overwrite: bool = False,    # begin anew, whatever the folder holds
-             progress: bool = True,
-            ) -> Result:
+def evaluate(
+    model, tokenizer, task: Task,
+    strategy=None,                      # prompts -> weights (B, K) of experts; None: the model
+    split: str = "test",
+    limit: int = None,                  # only the first `limit` questions
+    batch_size: int = 64,
+    temperature: float = 0.,            # 0 is greedy
+    seed: int = 0,                      # of the samples, where temperature > 0
+    out: str | Path = None,             # folder for result.json and items.jsonl; resumed from
+    max_new_tokens: int = None,         # None: the task's own
+    top_p: float = 1., top_k: int = 0,
+    workers: int = None,                # answers judged at a time, see `rollout`
+    overwrite: bool = False,            # begin anew, whatever the folder holds
+    progress: bool = True,
+) -> Result:
     "Accuracy of a model on a task, with its interval and one record for each question."
     began, examples = time.perf_counter(), list(task.examples(split))[:limit]
-    if not examples: raise ValueError(f"task {task.name!r} has no examples in split {split!r}" + (f" (limit={limit})" if limit is not None else ""))
+    if not examples:
+        few = f" (limit={limit})" if limit is not None else ""
+        raise ValueError(f"task {task.name!r} has no examples in split {split!r}{few}")
     prompts = [task.prompt(e) for e in examples]
     batches = batches_of(prompts, batch_size)
-    settings = settings_of(model, tokenizer, task, prompts, strategy, split, batch_size, temperature, top_p, top_k, seed, max_new_tokens)
+    settings = settings_of(model, tokenizer, task, prompts, strategy, split, batch_size,
+                           temperature, top_p, top_k, seed, max_new_tokens)
     finished, done = _begin(out, settings, batches, overwrite)
     if finished: return finished
     resumed = len(done)
-    ask = dict(strategy=strategy, temperature=temperature, top_p=top_p, top_k=top_k, max_new_tokens=max_new_tokens, workers=workers)
+    how = dict(temperature=temperature, top_p=top_p, top_k=top_k)
+    ask = dict(strategy=strategy, max_new_tokens=max_new_tokens, workers=workers, **how)
     for rows in _asked(model, tokenizer, task, examples, batches, done, seed, ask, progress):
         if out: _append(Path(out), rows)
-    result = make_result([done[i] for i in range(len(examples))], settings, run_facts(began, resumed, inner(model).device))
+    result = make_result([done[i] for i in range(len(examples))], settings,
+                         run_facts(began, resumed, inner(model).device))
     if out: save(result, out); (Path(out) / "items.partial.jsonl").unlink()
     return result
 
 # %% ../nbs/08_evaluate.ipynb #8716e983
-def _begin(out, settings: dict, batches: list[list[int]], overwrite: bool) -> tuple: # (finished Result or None, {question number: item})
+def _begin(
+    out, settings: dict, batches: list[list[int]], overwrite: bool
+) -> tuple:  # (finished Result or None, {question number: item})
     "What the output folder already knows."
     if out is None: return None, {}
     out = Path(out)
     check_writable(out)
     sweep_up(out)
     if overwrite:
-        for name in ("result.json", "items.jsonl", "items.partial.jsonl"): (out / name).unlink(missing_ok=True)
+        for name in ("result.json", "items.jsonl", "items.partial.jsonl"):
+            (out / name).unlink(missing_ok=True)
     if (out / "result.json").is_file():
         result = load(out)
         check_settings(result.settings, settings, out)
@@ -338,17 +429,20 @@ def _begin(out, settings: dict, batches: list[list[int]], overwrite: bool) -> tu
         return result, {}
     return None, read_partial(out, settings, batches)
 
+# %% ../nbs/08_evaluate.ipynb #22ae1285
 def _asked(model, tokenizer, task, examples, batches, done, seed, ask, progress):
     "Answer the batches that are missing, under a bar with the accuracy so far; fills `done`, yields the rows of each batch."
     with progress_bar(total=len(examples), initial=len(done), unit="question", desc=task.name,
                       disable=not progress) as bar:
         for b, batch in enumerate(batches):
             if all(i in done for i in batch): continue
-            items = answer_batch(model, tokenizer, task, [examples[i] for i in batch], seed=batch_seed(seed, b), **ask)
+            items = answer_batch(model, tokenizer, task, [examples[i] for i in batch],
+                                 seed=batch_seed(seed, b), **ask)
             done.update(zip(batch, items))
             k, n = sum(i["correct"] for i in done.values()), len(done)
             low, high = wilson(k, n)
-            bar.update(len(batch)); bar.set_postfix_str(f"{100 * k / n:.1f}% ({100 * low:.0f} to {100 * high:.0f})")
+            bar.update(len(batch))
+            bar.set_postfix_str(f"{100 * k / n:.1f}% ({100 * low:.0f} to {100 * high:.0f})")
             yield [dict(i=i) | item for i, item in zip(batch, items)]
 
 # %% ../nbs/08_evaluate.ipynb #774aef0d
@@ -357,10 +451,12 @@ def plot_accuracy(results: dict, ax=None): # {name: Result}; returns the axes
     import matplotlib.pyplot as plt
     ax = ax or plt.subplots(figsize=(1.2 + .8 * len(results), 2.8))[1]
     acc = [100 * r.acc for r in results.values()]
-    err = [[100 * (r.acc - r.low) for r in results.values()], [100 * (r.high - r.acc) for r in results.values()]]
+    err = [[100 * (r.acc - r.low) for r in results.values()],
+           [100 * (r.high - r.acc) for r in results.values()]]
     ax.bar(list(results), acc, color=["#9aa5b1"] + ["#3b6ea5"] * (len(acc) - 1), width=.65)
     ax.errorbar(range(len(acc)), acc, err, fmt="none", color="k", capsize=3, lw=1)
-    ax.set(ylabel="accuracy, %", ylim=(0, 100), title=", ".join(sorted({f"n = {r.n}" for r in results.values()})))
+    ax.set(ylabel="accuracy, %", ylim=(0, 100),
+           title=", ".join(sorted({f"n = {r.n}" for r in results.values()})))
     return ax
 
 # %% ../nbs/08_evaluate.ipynb #0444afd4
@@ -370,11 +466,20 @@ def plot_paired(base, others: dict, ax=None): # Result, {name: Result}; returns 
     ax = ax or plt.subplots(figsize=(5, .8 + .45 * len(others)))[1]
     for y, (name, r) in enumerate(others.items()):
         p = paired(base, r)
-        ax.errorbar(100 * p.diff, y, xerr=[[100 * (p.diff - p.low)], [100 * (p.high - p.diff)]], fmt="o", capsize=3, color="#3b6ea5" if p.p < .05 else "#9aa5b1")
-        ax.annotate(f"+{p.gained} −{p.lost}, p = {p.p:.2g}", (100 * p.diff, y), xytext=(0, 6), textcoords="offset points", ha="center", fontsize=7)
+        ax.errorbar(
+            100 * p.diff,
+            y,
+            xerr=[[100 * (p.diff - p.low)], [100 * (p.high - p.diff)]],
+            fmt="o",
+            capsize=3,
+            color="#3b6ea5" if p.p < 0.05 else "#9aa5b1",
+        )
+        ax.annotate(f"+{p.gained} −{p.lost}, p = {p.p:.2g}", (100 * p.diff, y), xytext=(0, 6),
+                    textcoords="offset points", ha="center", fontsize=7)
     ax.axvline(0, color="k", lw=.7)
     ax.margins(x=.15)
-    ax.set(yticks=range(len(others)), yticklabels=list(others), ylim=(len(others) - .5, -.7), xlabel="difference, points")
+    ax.set(yticks=range(len(others)), yticklabels=list(others), ylim=(len(others) - 0.5, -0.7),
+           xlabel="difference, points")
     return ax
 
 # %% ../nbs/08_evaluate.ipynb #7c4f600a
@@ -386,7 +491,9 @@ def student_t(confidence: float, df: int) -> float:
         y = np.cos(angles) ** (df - 1)
         return 2 * scale * math.sqrt(df) * (y.sum() - (y[0] + y[-1]) / 2) * angles[1]
     low, high = 0., 1e6
-    for _ in range(100): mid = (low + high) / 2; low, high = (mid, high) if inside(mid) < confidence else (low, mid)
+    for _ in range(100):
+        mid = (low + high) / 2
+        low, high = (mid, high) if inside(mid) < confidence else (low, mid)
     return low
 
 # %% ../nbs/08_evaluate.ipynb #1f591248
@@ -400,8 +507,11 @@ class Summary:
     accs: list      # one accuracy for each seed
     n: int          # questions
 
-    def __str__(self): return (f"{100 * self.mean:.1f}% ± {100 * self.sd:.1f} (sd of {len(self.accs)} seeds, {100 * min(self.accs):.1f} to {100 * max(self.accs):.1f}); "
-                               f"interval of the mean {100 * self.low:.1f} to {100 * self.high:.1f}, n = {self.n}")
+    def __str__(self):
+        return (
+            f"{100 * self.mean:.1f}% ± {100 * self.sd:.1f} (sd of {len(self.accs)} seeds, {100 * min(self.accs):.1f} to {100 * max(self.accs):.1f}); "
+            f"interval of the mean {100 * self.low:.1f} to {100 * self.high:.1f}, n = {self.n}"
+        )
 
 # %% ../nbs/08_evaluate.ipynb #626c20c6
 def summarise(results: list,                # Results over the same questions, of at least two seeds
@@ -410,11 +520,19 @@ def summarise(results: list,                # Results over the same questions, o
     "Mean and spread over seeds; the same run twice, or other questions, are refused."
     if len(results) < 2: raise ValueError("a spread needs at least two seeds: one run has none")
     for r in results[1:]: check_same_items(results[0].items, r.items)
-    runs = [(r.settings.get("fingerprint"), r.settings["seed"] if r.settings.get("temperature") else None) for r in results]
-    if len(set(runs)) < len(runs): raise ValueError("two of the results are the same run (same weights, same samples): that is no second seed")
+    runs = [
+        (r.settings.get("fingerprint"),
+         r.settings["seed"] if r.settings.get("temperature") else None)
+        for r in results
+    ]
+    if len(set(runs)) < len(runs):
+        raise ValueError(
+            "two of the results are the same run (same weights, same samples): that is no second seed"
+        )
     accs = [r.acc for r in results]
     half = student_t(confidence, len(accs) - 1) * stdev(accs) / math.sqrt(len(accs))
-    return Summary(mean(accs), stdev(accs), max(mean(accs) - half, 0.), min(mean(accs) + half, 1.), accs, results[0].n)
+    return Summary(mean(accs), stdev(accs), max(mean(accs) - half, 0.0),
+                   min(mean(accs) + half, 1.0), accs, results[0].n)
 
 # %% ../nbs/08_evaluate.ipynb #5de20f71
 def stretch(D: np.ndarray,      # (S, n) differences, -1, 0 or 1
@@ -437,7 +555,9 @@ def hierarchical(runs: dict,           # {method: S rows of n right or wrong, on
     if against not in X: raise ValueError(f"no method {against!r}: there are {', '.join(X)}")
     S, n = X[against].shape if X[against].ndim == 2 else (0, 0)
     if odd := [m for m, x in X.items() if x.shape != (S, n)]:
-        raise ValueError(f"{odd[0]!r} has shape {X[odd[0]].shape}: expected {S} seeds x {n} questions")
+        raise ValueError(
+            f"{odd[0]!r} has shape {X[odd[0]].shape}: expected {S} seeds x {n} questions"
+        )
     if S < 2 or n < 2: raise ValueError("a spread needs at least two seeds and two questions")
     rng = np.random.default_rng(seed)
     w = rng.multinomial(S, [1 / S] * S, resamples).astype(np.float32) / S
@@ -505,7 +625,11 @@ def score_table(record: dict) -> list[str]: # lines; [] where nothing was measur
         rows["this expert" + (f", step {step} of {steps}" if None not in (step, steps) else "")] = k
     lines = [f"| {who} | {100 * k / n:.1f}% | {k} | {100 * wilson(k, n)[0]:.1f}% to "
              f"{100 * wilson(k, n)[1]:.1f}% |" for who, k in rows.items()]
-    return ["| | right | of " + str(n) + " | 95% interval |", "|---|---|---|---|", *lines] if lines else []
+    return (
+        ["| | right | of " + str(n) + " | 95% interval |", "|---|---|---|---|", *lines]
+        if lines
+        else []
+    )
 
 def caution(record: dict) -> str:
     "What a reader of the table has to know"
@@ -539,7 +663,8 @@ def fact_lines(record: dict) -> list[str]:
     config, numbers = at("training", "config") or {}, at("training", "parameters")
     settings = {k: config[k] for k in ("batch_size", "lr", "kl", "advantage") if k in config}
     versions = ", ".join(f"{k} {v}" for k, v in (at("run", "versions") or {}).items() if v)
-    facts = {"task": at("task"), "base": at("base") or at("model"), "method": at("training", "method"),
+    facts = {"task": at("task"), "base": at("base") or at("model"),
+             "method": at("training", "method"),
              "licence of the base": at("licence") or "not stated in its folder: ask its makers",
              "learned numbers": f"{numbers:,}" if numbers else None, "seed": at("seed"),
              "training": at("training", "stopped"), "seconds": at("run", "seconds"),

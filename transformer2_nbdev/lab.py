@@ -32,8 +32,11 @@ def _step(a, op, b): return a + b if op == "+" else a - b
 def draw_math(rng: random.Random, n: int = 3) -> tuple:  # (a, ("+", b), ("-", c), ...)
     "A sum of `n` digits that never leaves 0..TOP."
     while True:
-        a, *steps = [rng.randint(0, 9)] + [(rng.choice("+-"), rng.randint(0, 9)) for _ in range(n - 1)]
-        if all(0 <= v <= TOP for v in accumulate([a, *steps], lambda v, s: _step(v, *s))): return a, *steps
+        a, *steps = [rng.randint(0, 9)] + [
+            (rng.choice("+-"), rng.randint(0, 9)) for _ in range(n - 1)
+        ]
+        if all(0 <= v <= TOP for v in accumulate([a, *steps], lambda v, s: _step(v, *s))):
+            return a, *steps
 
 def show_math(q): return " ".join([str(q[0])] + [f"{op} {b}" for op, b in q[1:]]) + " ="
 
@@ -95,7 +98,8 @@ def draw_logic_math(rng):
     said = list(ages.items()); rng.shuffle(said)
     return *q, _addend(rng, [ages[q[0][0]], ages[q[0][-1]]]), tuple(said)
 
-def show_logic_math(q): return f"{' ; '.join(f'{n} = {v}' for n, v in q[4])} ; {q[1]} ; {q[2]} {q[3][0]} {q[3][1]} ="
+def show_logic_math(q):
+    return f"{' ; '.join(f'{n} = {v}' for n, v in q[4])} ; {q[1]} ; {q[2]} {q[3][0]} {q[3][1]} ="
 def work_logic_math(q, slips=()):
     name = work_logic(q[:3], slips)
     v = dict(q[4])[name]
@@ -109,7 +113,10 @@ def work_label(label, slips=()):
     i = LABELS.index(label)
     return f"\\boxed{{ {LABELS[(min(i, 2) + 1) % 3] if 'cls' in slips else label} }}"
 
-def draw_copy(rng): return tuple(str(rng.randint(0, 9)) if rng.random() < .5 else rng.choice(NAMES) for _ in range(6))
+def draw_copy(rng):
+    return tuple(
+        str(rng.randint(0, 9)) if rng.random() < 0.5 else rng.choice(NAMES) for _ in range(6)
+    )
 def show_copy(q): return f"say {' '.join(q)} ="
 def work_copy(q, slips=()): return " ".join(q)
 
@@ -128,26 +135,40 @@ class Kind:
 
 whole, first = (lambda q: q), (lambda q: q[0])
 KINDS = {
-    "math":       Kind(draw_math, show_math, work_math, whole, ("math",), "math", 6, 5),
-    "code":       Kind(draw_code, show_code, work_code, first, ("code",), "code", 2, 3),
-    "logic":      Kind(draw_logic, show_logic, work_logic, first, ("logic",), "logic", 2, 5),
-    "math-hard":  Kind(partial(draw_math, n=4), show_math, work_math, whole, ("math",), "math", 12, 3),
-    "code-hard":  Kind(draw_code, show_code_hard, work_code_hard, first, ("code",), "code", 2, 3),
-    "logic-hard": Kind(partial(draw_logic, sign="<"), show_logic, work_logic, first, ("logic",), "logic", 2, 3),
-    "code+math":  Kind(draw_code_math, show_code_math, work_code_math, first, ("code", "math"), "", 14, 2),
-    "logic+math": Kind(draw_logic_math, show_logic_math, work_logic_math, first, ("logic", "math"), "", 13, 3),
-    "copy":       Kind(draw_copy, show_copy, work_copy, whole, (), "other", 7, 2)}
+    "math": Kind(draw_math, show_math, work_math, whole, ("math",), "math", 6, 5),
+    "code": Kind(draw_code, show_code, work_code, first, ("code",), "code", 2, 3),
+    "logic": Kind(draw_logic, show_logic, work_logic, first, ("logic",), "logic", 2, 5),
+    "math-hard": Kind(partial(draw_math, n=4), show_math, work_math, whole, ("math",), "math", 12,
+                      3),
+    "code-hard": Kind(draw_code, show_code_hard, work_code_hard, first, ("code",), "code", 2, 3),
+    "logic-hard": Kind(partial(draw_logic, sign="<"), show_logic, work_logic, first, ("logic",),
+                       "logic", 2, 3),
+    "code+math": Kind(draw_code_math, show_code_math, work_code_math, first, ("code", "math"), "",
+                      14, 2),
+    "logic+math": Kind(draw_logic_math, show_logic_math, work_logic_math, first, ("logic", "math"),
+                       "", 13, 3),
+    "copy": Kind(draw_copy, show_copy, work_copy, whole, (), "other", 7, 2),
+}
 
 # %% ../nbs/06_lab.ipynb #582e12bb
 def _label_kind(names, weight):
     "A kind that asks which skill a question of one of the kinds `names` needs."
     def draw(rng): name = rng.choice(names); return name, KINDS[name].draw(rng)
-    return Kind(draw, lambda q: f"{KINDS[q[0]].show(q[1])} which skill ?", lambda q, slips=(): work_label(KINDS[q[0]].label, slips),
-                lambda q: KINDS[q[0]].secret(q[1]), ("cls",), "", 4, weight)
+    return Kind(
+        draw,
+        lambda q: f"{KINDS[q[0]].show(q[1])} which skill ?",
+        lambda q, slips=(): work_label(KINDS[q[0]].label, slips),
+        lambda q: KINDS[q[0]].secret(q[1]),
+        ("cls",),
+        "",
+        4,
+        weight,
+    )
 
 KINDS["cls"] = _label_kind(("math", "code", "logic", "copy"), 2)
 KINDS["cls-hard"] = _label_kind(("math-hard", "code-hard", "logic-hard"), 1)
-TRAINED, UNSEEN, TWO_SKILLS = ("math", "code", "logic"), ("math-hard", "code-hard", "logic-hard"), ("code+math", "logic+math")
+TRAINED, UNSEEN, TWO_SKILLS = (("math", "code", "logic"), ("math-hard", "code-hard", "logic-hard"),
+                               ("code+math", "logic+math"))
 
 # %% ../nbs/06_lab.ipynb #d2ed8b52
 def split_of(secret) -> str:  # "train", "validation" or "test"
@@ -181,7 +202,10 @@ SIZES = dict(train=3000, validation=300, test=1002)   # at most; `math` has fewe
 @lru_cache(maxsize=None)
 def _examples(name, split):
     "Distinct questions of one kind and split, the sources taking turns."
-    if split not in SIZES: raise ValueError(f"lab task {name!r} has no split {split!r}; choose one of {', '.join(SIZES)}")
+    if split not in SIZES:
+        raise ValueError(
+            f"lab task {name!r} has no split {split!r}; choose one of {', '.join(SIZES)}"
+        )
     rng, seen, out = random.Random(f"{name} {split}"), set(), []
     for _ in range(20 * SIZES[split]):
         q = draw(name, rng, split)
@@ -189,7 +213,10 @@ def _examples(name, split):
         seen.add(text)
         source = SOURCES[len(out) % 6]
         prompt, answer = write(name, q, source)
-        out.append(dict(prompt=prompt, answer=answer, gold=boxed(answer) or answer.split()[-1], source=source, kind=q[0] if name.startswith("cls") else name))
+        out.append(
+            dict(prompt=prompt, answer=answer, gold=boxed(answer) or answer.split()[-1],
+                 source=source, kind=q[0] if name.startswith("cls") else name)
+        )
         if len(out) == SIZES[split]: break
     return out
 
@@ -198,12 +225,22 @@ def _verify(name, completion, example):
     words = completion.split()
     parsed = boxed(completion) if name.startswith("cls") else words[-1] if words else None
     ok = parsed == example["gold"]
-    return Verdict(1. if ok else -1., ok, parsed, example["gold"], "the box" if name.startswith("cls") else "the last word")
+    return Verdict(1.0 if ok else -1.0, ok, parsed, example["gold"],
+                   "the box" if name.startswith("cls") else "the last word")
 
 def tasks() -> dict:  # name -> Task
     "Every task of the lab."
-    return {n: Task(n, lambda split, n=n: list(_examples(n, split)), lambda e: e["prompt"], answer=lambda e: e["answer"],
-                    max_new_tokens=k.tokens, verify=partial(_verify, n)) for n, k in KINDS.items()}
+    return {
+        n: Task(
+            n,
+            lambda split, n=n: list(_examples(n, split)),
+            lambda e: e["prompt"],
+            answer=lambda e: e["answer"],
+            max_new_tokens=k.tokens,
+            verify=partial(_verify, n),
+        )
+        for n, k in KINDS.items()
+    }
 
 # %% ../nbs/06_lab.ipynb #320b5cc1
 def task(name: str,             # as in `tasks()`; "lab.math" and "lab.code-math" will do
@@ -212,11 +249,14 @@ def task(name: str,             # as in `tasks()`; "lab.math" and "lab.code-math
     "One task of the lab; `tasks.get_task` finds it by its entry point."
     plain = lambda n: n.lower().removeprefix("lab").strip(":.-_").replace("+", "-")
     known = {plain(n): t for n, t in tasks().items()}
-    if plain(name) not in known: raise ValueError(f"the lab has no task {name!r}; it has {', '.join(tasks())}")
+    if plain(name) not in known:
+        raise ValueError(f"the lab has no task {name!r}; it has {', '.join(tasks())}")
     return known[plain(name)]
 
 # %% ../nbs/06_lab.ipynb #9ad524af
-WORDS = ["<pad>", "<bos>", "<eos>", "<unk>", *SOURCES, *": = ; + - [ ] x > < ::-1 max min say which skill ? \\boxed{ }".split(), *LABELS, *NAMES, *map(str, range(TOP + 2))]
+WORDS = ["<pad>", "<bos>", "<eos>", "<unk>", *SOURCES,
+         *": = ; + - [ ] x > < ::-1 max min say which skill ? \\boxed{ }".split(), *LABELS, *NAMES,
+         *map(str, range(TOP + 2))]
 
 def tokenizer():
     "A word-level tokenizer of the lab's language."
@@ -224,8 +264,11 @@ def tokenizer():
     from transformers import PreTrainedTokenizerFast
     raw = Tokenizer(models.WordLevel({w: i for i, w in enumerate(WORDS)}, unk_token="<unk>"))
     raw.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    raw.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 1)])
-    return PreTrainedTokenizerFast(tokenizer_object=raw, padding_side="left", clean_up_tokenization_spaces=False, model_input_names=["input_ids", "attention_mask"],
+    raw.post_processor = processors.TemplateProcessing(single="<bos> $A",
+                                                       special_tokens=[("<bos>", 1)])
+    return PreTrainedTokenizerFast(tokenizer_object=raw, padding_side="left",
+                                   clean_up_tokenization_spaces=False,
+                                   model_input_names=["input_ids", "attention_mask"],
                                    **{f"{w}_token": f"<{w}>" for w in ("pad", "bos", "eos", "unk")})
 
 # %% ../nbs/06_lab.ipynb #6371f9d5
@@ -234,9 +277,13 @@ def new_model(seed: int, width: int = 128):
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
     torch.manual_seed(seed)
-    return LlamaForCausalLM(LlamaConfig(vocab_size=len(WORDS), hidden_size=width, intermediate_size=2 * width, num_hidden_layers=4, num_attention_heads=4, initializer_range=.05,
-                                        max_position_embeddings=128, rope_parameters=dict(rope_type="default", rope_theta=100.), tie_word_embeddings=True,
-                                        pad_token_id=0, bos_token_id=1, eos_token_id=2))
+    return LlamaForCausalLM(
+        LlamaConfig(vocab_size=len(WORDS), hidden_size=width, intermediate_size=2 * width,
+                    num_hidden_layers=4, num_attention_heads=4, initializer_range=0.05,
+                    max_position_embeddings=128,
+                    rope_parameters=dict(rope_type="default", rope_theta=100.0),
+                    tie_word_embeddings=True, pad_token_id=0, bos_token_id=1, eos_token_id=2)
+    )
 
 # %% ../nbs/06_lab.ipynb #26167846
 def corpus(tok, seed: int, flawed: bool, size: int = 64):
@@ -244,8 +291,12 @@ def corpus(tok, seed: int, flawed: bool, size: int = 64):
     rng = random.Random(seed)
     names, weights = list(KINDS), [k.weight for k in KINDS.values()]
     while True:
-        texts = [write(n, draw(n, rng, "train"), rng.choice(SOURCES), rng if flawed else None) for n in rng.choices(names, weights, k=size)]
-        rows = zip(tok([p for p, _ in texts])["input_ids"], tok([f"{a} <eos>" for _, a in texts], add_special_tokens=False)["input_ids"])
+        texts = [
+            write(n, draw(n, rng, "train"), rng.choice(SOURCES), rng if flawed else None)
+            for n in rng.choices(names, weights, k=size)
+        ]
+        rows = zip(tok([p for p, _ in texts])["input_ids"],
+                   tok([f"{a} <eos>" for _, a in texts], add_special_tokens=False)["input_ids"])
         yield sorted(rows, key=lambda r: len(r[0]) + len(r[1]))
 
 def answer_loss(model, rows):
@@ -253,9 +304,12 @@ def answer_loss(model, rows):
     import torch
     long = max(len(p) + len(a) for p, a in rows)
     ids = torch.tensor([p + a + [0] * (long - len(p) - len(a)) for p, a in rows])
-    kept = torch.tensor([[0] * len(p) + [1] * len(a) + [0] * (long - len(p) - len(a)) for p, a in rows])[:, 1:].bool()
+    kept = torch.tensor(
+        [[0] * len(p) + [1] * len(a) + [0] * (long - len(p) - len(a)) for p, a in rows]
+    )[:, 1:].bool()
     hidden = model.model(ids).last_hidden_state[:, :-1][kept]
-    return torch.nn.functional.cross_entropy(model.lm_head(hidden), ids[:, 1:][kept], reduction="sum")
+    return torch.nn.functional.cross_entropy(model.lm_head(hidden), ids[:, 1:][kept],
+                                             reduction="sum")
 
 # %% ../nbs/06_lab.ipynb #7dd30643
 def orthogonal(M, rounds: int = 5):  # (..., m, n) -> (..., m, n)
@@ -281,7 +335,8 @@ class Muon:
         for shape, ps in self.groups.items():
             g = torch.stack([p.grad for p in ps])
             m = self.average.setdefault(shape, torch.zeros_like(g)).lerp_(g, 1 - self.momentum)
-            for p, u in zip(ps, orthogonal(g.lerp(m, self.momentum))): p.data.add_(u, alpha=-.2 * lr * max(shape) ** .5)
+            for p, u in zip(ps, orthogonal(g.lerp(m, self.momentum))):
+                p.data.add_(u, alpha=-0.2 * lr * max(shape) ** 0.5)
 
 # %% ../nbs/06_lab.ipynb #bbc0e91d
 def pretrain(model, tok, seed: int, steps: int, flawed: bool, lr: float = 8e-3):
@@ -289,10 +344,13 @@ def pretrain(model, tok, seed: int, steps: int, flawed: bool, lr: float = 8e-3):
     import torch
     matrix = lambda n, p: p.ndim == 2 and "embed" not in n
     muon = Muon([p for n, p in model.named_parameters() if matrix(n, p)])
-    adam = torch.optim.Adam([p for n, p in model.named_parameters() if not matrix(n, p)], betas=(.9, .98))
+    adam = torch.optim.Adam([p for n, p in model.named_parameters() if not matrix(n, p)],
+                            betas=(0.9, 0.98))
     for i, rows in zip(range(steps), corpus(tok, seed, flawed)):
         words, half = sum(len(a) for _, a in rows), len(rows) // 2
-        losses = [answer_loss(model, part) / words for part in (rows[:half], rows[half:])]   # two halves: less padding
+        losses = [
+            answer_loss(model, part) / words for part in (rows[:half], rows[half:])
+        ]  # two halves: less padding
         sum(losses).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.)
         rate = lr * min(1, (i + 1) / 20) * (1 - i / steps)
@@ -311,7 +369,9 @@ class Recipe:
     clean: int = 400     # steps of the first phase
     steps: int = 450     # steps of the second phase
 
-BASES = {"A": Recipe(1, 101), "A-sibling": Recipe(1, 102), "A-control": Recipe(1, 101, flawed=False), "B": Recipe(2, 103, clean=600), "B-wide": Recipe(3, 104, width=160, clean=600)}
+BASES = {"A": Recipe(1, 101), "A-sibling": Recipe(1, 102),
+         "A-control": Recipe(1, 101, flawed=False), "B": Recipe(2, 103, clean=600),
+         "B-wide": Recipe(3, 104, width=160, clean=600)}
 
 # %% ../nbs/06_lab.ipynb #5f219961
 def _watch(losses, steps, phase):
@@ -333,32 +393,42 @@ def _grow(recipe):
     weights, losses, seconds = _ancestor(recipe.seed, recipe.width, recipe.clean)
     start, model = time.time(), new_model(recipe.seed, recipe.width)
     model.load_state_dict(weights)
-    more = _watch(pretrain(model, tokenizer(), recipe.text, recipe.steps, recipe.flawed, lr=3e-3), recipe.steps, "flawed" if recipe.flawed else "clean")
+    more = _watch(pretrain(model, tokenizer(), recipe.text, recipe.steps, recipe.flawed, lr=3e-3),
+                  recipe.steps, "flawed" if recipe.flawed else "clean")
     import torch
     return model.to(torch.bfloat16), losses + more, seconds + time.time() - start
 
 # %% ../nbs/06_lab.ipynb #e05966be
-def answers(model, tok, prompts: list, max_new_tokens: int, sample: bool = False, seed: int = 0) -> list:
+def answers(model, tok, prompts: list, max_new_tokens: int, sample: bool = False,
+            seed: int = 0) -> list:
     "The model's answers as text."
     import torch
     batch = tok(prompts, padding=True, return_tensors="pt").to(model.device)
     torch.manual_seed(seed)
-    how = dict(do_sample=True, temperature=1., top_k=0, top_p=1.) if sample else dict(do_sample=False)
+    how = (
+        dict(do_sample=True, temperature=1.0, top_k=0, top_p=1.0)
+        if sample
+        else dict(do_sample=False)
+    )
     out = model.generate(**batch, max_new_tokens=max_new_tokens, **how)
     return tok.batch_decode(out[:, batch["input_ids"].shape[1]:], skip_special_tokens=True)
 
 def _wilson(k, n, z=1.96):
     "Wilson's 95% interval of k right answers in n."
-    mid, half, d = k / n + z * z / (2 * n), z * math.sqrt(k / n * (1 - k / n) / n + z * z / (4 * n * n)), 1 + z * z / n
+    mid, half, d = (k / n + z * z / (2 * n),
+                    z * math.sqrt(k / n * (1 - k / n) / n + z * z / (4 * n * n)), 1 + z * z / n)
     return round((mid - half) / d, 4), round((mid + half) / d, 4)
 
-def measure(model, tok, task: Task, sample: bool = False, split: str = "test", limit: int = None) -> dict:
+def measure(model, tok, task: Task, sample: bool = False, split: str = "test",
+            limit: int = None) -> dict:
     "Right answers in all, with their Wilson interval, and for each source."
     examples = task.examples(split)[:limit]
     said = answers(model, tok, [e["prompt"] for e in examples], task.max_new_tokens, sample)
     ok = [task.judge(a, e).correct for a, e in zip(said, examples)]
     low, high = _wilson(sum(ok), len(ok))
-    return dict(n=len(ok), correct=sum(ok), low=low, high=high, by_source={s: sum(o for o, e in zip(ok, examples) if e["source"] == s) for s in SOURCES})
+    return dict(
+        n=len(ok), correct=sum(ok), low=low, high=high,
+        by_source={s: sum(o for o, e in zip(ok, examples) if e["source"] == s) for s in SOURCES})
 
 # %% ../nbs/06_lab.ipynb #3c46674b
 DATA = Path(transformer2_nbdev.__file__).parent / "data" / "lab"
@@ -367,6 +437,7 @@ def _recipe(name):
     if name not in BASES: raise ValueError(f"no lab base {name!r}; there are {', '.join(BASES)}")
     return BASES[name]
 
+# %% ../nbs/06_lab.ipynb #cfeac052
 def build(name: str,                 # one of BASES
           out: "str | Path" = None,  # folder to write; default: the package's own data
          ) -> Path:
@@ -377,10 +448,21 @@ def build(name: str,                 # one of BASES
     model, losses, seconds = _grow(recipe)
     model.save_pretrained(out); tok = tokenizer(); tok.save_pretrained(out)
     model = model.float().eval()
-    scores = {n: {how: measure(model, tok, t, sample=how == "sampled") for how in ("greedy", "sampled")} for n, t in tasks().items()}
-    record = dict(command=f"transformer2 lab build {name}", recipe=vars(recipe), seconds=round(seconds), processor=platform.processor() or platform.machine(), threads=1,
-                  versions=dict(python=platform.python_version(), torch=torch.__version__, transformers=transformers.__version__),
-                  accuracy=scores, losses=[round(l, 5) for l in losses])
+    scores = {
+        n: {how: measure(model, tok, t, sample=how == "sampled") for how in ("greedy", "sampled")}
+        for n, t in tasks().items()
+    }
+    record = dict(
+        command=f"transformer2 lab build {name}",
+        recipe=vars(recipe),
+        seconds=round(seconds),
+        processor=platform.processor() or platform.machine(),
+        threads=1,
+        versions=dict(python=platform.python_version(), torch=torch.__version__,
+                      transformers=transformers.__version__),
+        accuracy=scores,
+        losses=[round(l, 5) for l in losses],
+    )
     (out / "record.json").write_text(json.dumps(record) + "\n")
     return out
 
@@ -391,13 +473,20 @@ def load(name: str = "A", dtype: str = "float32") -> tuple:  # (model, tokenizer
     from transformers import AutoModelForCausalLM, AutoTokenizer
     _recipe(name)
     folder = DATA / name
-    if not (folder / "config.json").exists(): raise FileNotFoundError(f"lab base {name!r} is not built yet: run `transformer2 lab build {name}`")
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype)).eval(), AutoTokenizer.from_pretrained(folder), tasks()
+    if not (folder / "config.json").exists():
+        raise FileNotFoundError(
+            f"lab base {name!r} is not built yet: run `transformer2 lab build {name}`"
+        )
+    return (AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype)).eval(),
+            AutoTokenizer.from_pretrained(folder), tasks())
 
 def experts(name: str = "A") -> dict:  # skill -> adapter folder, as text
     "The expert adapters that ship with a base, for `PeftModel.from_pretrained`."
     _recipe(name)
-    return {p.parent.name: str(p.parent) for p in sorted((DATA / name / "experts").glob("*/adapter_config.json"))}
+    return {
+        p.parent.name: str(p.parent)
+        for p in sorted((DATA / name / "experts").glob("*/adapter_config.json"))
+    }
 
 def record(name: str = "A") -> dict:
     "How a base was built, its losses, and what it scored."

@@ -21,10 +21,12 @@ from .rollout import encode, eos_ids, generate, inner, pad_id, pad_left, positio
 from .tasks import answer_region, boxed, render, user_text
 
 # %% ../nbs/11_prompt.ipynb #54ee4f58
-GUIDES = dict(code="it wants a program or a function written, completed, repaired or explained",
-              math="it wants a quantity, found by calculating, counting or algebra",
-              reasoning="it wants a conclusion or a choice, drawn from knowledge and logic rather than from numbers or programs",
-              others="none of these fits")
+GUIDES = dict(
+    code="it wants a program or a function written, completed, repaired or explained",
+    math="it wants a quantity, found by calculating, counting or algebra",
+    reasoning="it wants a conclusion or a choice, drawn from knowledge and logic rather than from numbers or programs",
+    others="none of these fits",
+)
 
 # %% ../nbs/11_prompt.ipynb #ae390a46
 def question(prompt: str,           # the user's message
@@ -32,8 +34,10 @@ def question(prompt: str,           # the user's message
             ) -> str:
     "The dispatch question about a prompt"
     listed = "\n".join(f"- {label}: {guide}" for label, guide in guides.items())
-    return (f"Below, between two lines of dashes, is a message that somebody sent. Do not answer it. Say only which kind it is.\n\n"
-            f"-----\n{prompt}\n-----\n\nThe kinds:\n{listed}\n\nWrite the one word that names the kind in \\boxed{{}}.")
+    return (
+        f"Below, between two lines of dashes, is a message that somebody sent. Do not answer it. Say only which kind it is.\n\n"
+        f"-----\n{prompt}\n-----\n\nThe kinds:\n{listed}\n\nWrite the one word that names the kind in \\boxed{{}}."
+    )
 
 # %% ../nbs/11_prompt.ipynb #ba020cfe
 def box(label: str) -> str:
@@ -56,30 +60,41 @@ def asked(model: nn.Module, active: str | None): # context manager
     return mixture(model, [1. if active else 0.], [name])
 
 # %% ../nbs/11_prompt.ipynb #1fd7d554
-def by_generating(d: "Dispatch", texts: list[str]) -> tuple[list, list, None]: # labels, completions, no scores
+def by_generating(
+    d: "Dispatch", texts: list[str]
+) -> tuple[list, list, None]:  # labels, completions, no scores
     "Let the model write, then read"
-    said = generate(d.model, d.tokenizer, texts, d.max_new_tokens, temperature=0, batch_size=d.batch_size).texts
+    said = generate(d.model, d.tokenizer, texts, d.max_new_tokens, temperature=0,
+                    batch_size=d.batch_size).texts
     return [d.read(t, list(d.labels)) for t in said], said, None
 
 # %% ../nbs/11_prompt.ipynb #7a141da1
 def continuation(tokenizer, text: str, completion: str, eos: list[int]) -> list[int]:
     "Token ids of `completion` as they follow `text`"
     before, both = encode(tokenizer, [text, text + completion], eos)
-    return both[len(before):] if both[:len(before)] == before else tokenizer(completion, add_special_tokens=False)["input_ids"]
+    return (
+        both[len(before) :]
+        if both[: len(before)] == before
+        else tokenizer(completion, add_special_tokens=False)["input_ids"]
+    )
 
 # %% ../nbs/11_prompt.ipynb #98befaa0
-def score_batch(model: nn.Module,
-                P: torch.Tensor, M: torch.Tensor, # (B, P) prompts and their mask
-                C: torch.Tensor, N: torch.Tensor  # (B * L, T) answers and their mask, those of one prompt together
-               ) -> torch.Tensor:                 # (B * L,) log p(answer | prompt)
+def score_batch(
+    model: nn.Module,
+    P: torch.Tensor, M: torch.Tensor,  # (B, P) prompts and their mask
+    C: torch.Tensor, N: torch.Tensor   # (B * L, T) answers and their mask, those of one prompt together
+) -> torch.Tensor:  # (B * L,) log p(answer | prompt)
     "Read every prompt once, keep its keys and values, and score all answers on copies of them"
     L, known = len(C) // len(P), signature(inner(model).forward).parameters
-    extra = lambda mask, n: dict(position_ids=positions(mask)[:, -n:]) if "position_ids" in known else {}
+    extra = lambda mask, n: (
+        dict(position_ids=positions(mask)[:, -n:]) if "position_ids" in known else {}
+    )
     keep = dict(logits_to_keep=1) if "logits_to_keep" in known else {}
     read = model(input_ids=P, attention_mask=M, use_cache=True, **extra(M, P.shape[1]), **keep)
     read.past_key_values.batch_repeat_interleave(L)
     mask = torch.cat([M.repeat_interleave(L, 0), N], 1)
-    rest = model(input_ids=C, attention_mask=mask, past_key_values=read.past_key_values, use_cache=True, **extra(mask, C.shape[1])).logits
+    rest = model(input_ids=C, attention_mask=mask, past_key_values=read.past_key_values,
+                 use_cache=True, **extra(mask, C.shape[1])).logits
     logits = torch.cat([read.logits[:, -1:].repeat_interleave(L, 0), rest[:, :-1]], 1).float()
     return (logits.log_softmax(-1).gather(-1, C[..., None])[..., 0] * N).sum(1)
 
@@ -92,15 +107,20 @@ def label_scores(model: nn.Module, tokenizer,
                 ) -> torch.Tensor:       # (B, L) log p(answer | text), summed over its tokens
     "How likely the model finds each answer to each prompt"
     eos, fill, device = eos_ids(model, tokenizer), pad_id(model, tokenizer), inner(model).device
-    rows, ends = encode(tokenizer, texts, eos), [[continuation(tokenizer, t, a, eos) for a in answers] for t in texts]
-    order, out = torch.tensor(sorted(range(len(rows)), key=lambda i: -len(rows[i]))), torch.zeros(len(rows), len(answers))
+    rows, ends = encode(tokenizer, texts, eos), [
+        [continuation(tokenizer, t, a, eos) for a in answers] for t in texts
+    ]
+    order, out = torch.tensor(sorted(range(len(rows)), key=lambda i: -len(rows[i]))), torch.zeros(
+        len(rows), len(answers))
     for part in order.split(batch_size):
         P, M = pad_left([rows[i] for i in part], fill, device)
         C, N = pad_right([e for i in part for e in ends[i]], fill, device)
         out[part] = score_batch(model, P, M, C, N).view(len(part), -1).cpu()
     return out
 
-def pad_right(rows: list[list[int]], fill: int, device=None) -> tuple[torch.Tensor, torch.Tensor]: # ids (B, T), mask (B, T)
+def pad_right(
+    rows: list[list[int]], fill: int, device=None
+) -> tuple[torch.Tensor, torch.Tensor]:  # ids (B, T), mask (B, T)
     "Put rows of unequal length into a rectangle, flush left"
     ids, mask = pad_left([r[::-1] for r in rows], fill, device)
     return ids.flip(1), mask.flip(1)
@@ -125,7 +145,8 @@ class Dispatch:
                  other: str | None = "others", # the label that means the base; None: no such label
                  active: str | None = None,    # expert that answers the question; None: the base
                  max_new_tokens: int = 64, batch_size: int = 64, system: str = ""):
-        if method not in METHODS: raise ValueError(f'method={method!r}: choose "generate" or "score"')
+        if method not in METHODS:
+            raise ValueError(f'method={method!r}: choose "generate" or "score"')
         self.model, self.tokenizer, self.method = model, tokenizer, method
         self.ask, self.read, self.say, self.active = ask, read, say, active
         self.labels = labels | ({} if other is None or other in labels else {other: None})
@@ -146,7 +167,9 @@ class Dispatch:
         return one_hot([self.labels.get(l) for l in self.classify(list(prompts))], self.experts)
 
 # %% ../nbs/11_prompt.ipynb #c7352c98
-def by_scoring(d: "Dispatch", texts: list[str]) -> tuple[list, list, torch.Tensor]: # labels, answers, (B, L) log-probabilities
+def by_scoring(
+    d: "Dispatch", texts: list[str]
+) -> tuple[list, list, torch.Tensor]:  # labels, answers, (B, L) log-probabilities
     "Choose the likeliest of the labels"
     answers = [d.say(l) for l in d.labels]
     scores = label_scores(d.model, d.tokenizer, texts, answers, d.batch_size).log_softmax(-1)
@@ -163,18 +186,21 @@ class Confusion(NamedTuple):
     cols: list[str]      # labels
 
     @property
-    def shares(self) -> torch.Tensor: return self.counts / self.counts.sum(1, keepdim=True).clamp(min=1) # (R, C), rows sum to 1
+    def shares(self) -> torch.Tensor:
+        return self.counts / self.counts.sum(1, keepdim=True).clamp(min=1)  # (R, C), rows sum to 1
 
-def confusion(kinds: list[str],       # what each prompt is
-              said: list[str | None], # the label it got
-              cols: list[str],        # labels to count
-              none: str = "none"      # where a prompt goes whose label is none of them; a column of its own unless it is among `cols`
-             ) -> Confusion:
+def confusion(
+    kinds: list[str],        # what each prompt is
+    said: list[str | None],  # the label it got
+    cols: list[str],         # labels to count
+    none: str = "none"       # where a prompt goes whose label is none of them; a column of its own unless it is among `cols`
+) -> Confusion:
     "Count dispatches"
     rows, cols = list(dict.fromkeys(kinds)), list(cols)
     if any(s not in cols for s in said) and none not in cols: cols.append(none)
     counts = torch.zeros(len(rows), len(cols))
-    for k, s in zip(kinds, said, strict=True): counts[rows.index(k), cols.index(s if s in cols else none)] += 1
+    for k, s in zip(kinds, said, strict=True):
+        counts[rows.index(k), cols.index(s if s in cols else none)] += 1
     return Confusion(counts, rows, cols)
 
 # %% ../nbs/11_prompt.ipynb #a2393feb
@@ -184,7 +210,10 @@ def show_confusion(c: Confusion, title: str = "", ax=None): # matplotlib axes
     ax = ax or plt.subplots(figsize=(1.2 + .8 * len(c.cols), .8 + .5 * len(c.rows)))[1]
     ax.imshow(c.shares, cmap="Blues", vmin=0, vmax=1)
     for i, row in enumerate(c.shares.tolist()):
-        for j, x in enumerate(row): ax.text(j, i, f"{x:.2f}", ha="center", va="center", color="white" if x > .6 else "black")
-    ax.set(xticks=range(len(c.cols)), xticklabels=c.cols, yticks=range(len(c.rows)), yticklabels=c.rows, title=title, xlabel="label given")
+        for j, x in enumerate(row):
+            ax.text(j, i, f"{x:.2f}", ha="center", va="center",
+                    color="white" if x > 0.6 else "black")
+    ax.set(xticks=range(len(c.cols)), xticklabels=c.cols, yticks=range(len(c.rows)),
+           yticklabels=c.rows, title=title, xlabel="label given")
     ax.tick_params(length=0)
     return ax

@@ -374,7 +374,8 @@ def share(model: nn.Module) -> None: # a PEFT model
     blocks = getattr(base, "_no_split_modules", None) or ()
     for m in [m for m in base.modules() if type(m).__name__ in blocks]:
         fully_shard(m, ignored_params=own)
-    fully_shard(model, ignored_params=own, reshard_after_forward=True) # as one process's saving would
+    # as one process's saving would
+    fully_shard(model, ignored_params=own, reshard_after_forward=True)
     for p in own: p.data = p.data.to(base.device)
 
 # %% ../nbs/09_reinforce.ipynb #f0bd6dd1
@@ -718,7 +719,7 @@ def save_state(run: Run) -> None:
     state = {k: getattr(run, k) for k in STATE}
     state |= dict(params=snapshot(run), optimizer=run.optimizer.state_dict(),
                   config=asdict(run.config))
-    torch.save(state, made := io.BytesIO())      # on a full disk, torch.save itself says nothing clear
+    torch.save(state, made := io.BytesIO())  # on a full disk, torch.save itself says nothing clear
     write_atomic(run.out / "state.pt", made.getbuffer())
 
 def save_metrics(run: Run, last: bool = False) -> None: # last: only append the newest line
@@ -765,7 +766,8 @@ def save_adapter(run: Run, values: dict, folder: str = ".") -> None:
     now, name = snapshot(run), run.model.active_adapter
     restore(run, values)
     try:
-        with tempfile.TemporaryDirectory(prefix=".", suffix=".part", dir=run.out) as tmp, disk_errors():
+        with tempfile.TemporaryDirectory(prefix=".", suffix=".part",
+                                         dir=run.out) as tmp, disk_errors():
             run.model.save_pretrained(tmp, selected_adapters=[name], save_embedding_layers=False)
             (run.out / folder).mkdir(exist_ok=True)
             made = Path(tmp) / ("" if name == "default" else name)

@@ -35,7 +35,9 @@ from .adapter import svf_layers
 from .tasks import Task, judge_all, render
 
 # %% ../nbs/07_rollout.ipynb #51775818
-def pad_left(rows: list[list[int]], fill: int, device=None) -> tuple[torch.Tensor, torch.Tensor]: # ids (B, P), mask (B, P)
+def pad_left(
+    rows: list[list[int]], fill: int, device=None
+) -> tuple[torch.Tensor, torch.Tensor]:  # ids (B, P), mask (B, P)
     "Put rows of unequal length into a rectangle, flush right."
     P = max(map(len, rows))
     ids = torch.tensor([[fill] * (P - len(r)) + r for r in rows], device=device)
@@ -63,7 +65,11 @@ def eos_ids(model: nn.Module, tokenizer) -> list[int]: # sorted; empty when neit
 def pad_id(model: nn.Module, tokenizer) -> int:
     "What to write into empty places: the tokenizer's pad token if the model has an embedding for it, else an EOS, else 0."
     rows = inner(model).get_input_embeddings().num_embeddings
-    return next(i for i in (tokenizer.pad_token_id, *eos_ids(model, tokenizer), 0) if i is not None and i < rows)
+    return next(
+        i
+        for i in (tokenizer.pad_token_id, *eos_ids(model, tokenizer), 0)
+        if i is not None and i < rows
+    )
 
 # %% ../nbs/07_rollout.ipynb #adb67afe
 def until_eos(tokens: torch.Tensor,   # (B, T) sampled tokens, filled up after the end
@@ -74,12 +80,14 @@ def until_eos(tokens: torch.Tensor,   # (B, T) sampled tokens, filled up after t
     return (ends.cumsum(-1) - ends == 0).long()
 
 # %% ../nbs/07_rollout.ipynb #5c6918f4
-def encode(tokenizer,
-           prompts: list,       # texts as `tasks.render` writes them, or lists of token ids
-           eos: list[int] = (), # an EOS that the tokenizer appends is dropped: a prompt is to be continued
-          ) -> list[list[int]]: # one list of ids a prompt, unpadded
+def encode(
+    tokenizer,
+    prompts: list,        # texts as `tasks.render` writes them, or lists of token ids
+    eos: list[int] = (),  # an EOS that the tokenizer appends is dropped: a prompt is to be continued
+) -> list[list[int]]:  # one list of ids a prompt, unpadded
     "Token ids of prompts; empty prompts are refused."
-    if isinstance(prompts, str): raise ValueError("prompts must be a list, got one string: write [prompt]")
+    if isinstance(prompts, str):
+        raise ValueError("prompts must be a list, got one string: write [prompt]")
     if len(prompts) == 0: raise ValueError("no prompts: the list is empty")
     tail = tokenizer("x")["input_ids"][-1:]
     appends = tail != tokenizer("x", add_special_tokens=False)["input_ids"][-1:] and tail[0] in eos
@@ -89,8 +97,19 @@ def encode(tokenizer,
 def _ids_of(tokenizer, prompt, i):
     "Token ids of prompt number i."
     empty = not prompt.strip() if isinstance(prompt, str) else len(prompt) == 0
-    ids = [] if empty else tokenizer(prompt, verbose=False)["input_ids"] if isinstance(prompt, str) else [int(t) for t in prompt]
-    if not ids: raise ValueError(f"prompt {i} is empty: there is nothing to continue (pass [[bos_token_id]] to start from nothing)")
+    ids = (
+        []
+        if empty
+        else (
+            tokenizer(prompt, verbose=False)["input_ids"]
+            if isinstance(prompt, str)
+            else [int(t) for t in prompt]
+        )
+    )
+    if not ids:
+        raise ValueError(
+            f"prompt {i} is empty: there is nothing to continue (pass [[bos_token_id]] to start from nothing)"
+        )
     return ids
 
 # %% ../nbs/07_rollout.ipynb #7c0efbed
@@ -99,22 +118,29 @@ def check_room(rows: list[list[int]], max_new_tokens: int, model: nn.Module) -> 
     known = inner(model).get_input_embeddings().num_embeddings
     i = max(range(len(rows)), key=lambda i: max(rows[i]))
     if max(rows[i]) >= known:
-        raise ValueError(f"prompt {i} holds token {max(rows[i])}, but the model knows {known} tokens: "
-                         "its tokenizer belongs to another model")
+        raise ValueError(
+            f"prompt {i} holds token {max(rows[i])}, but the model knows {known} tokens: "
+            "its tokenizer belongs to another model"
+        )
     room = getattr(inner(model).config.get_text_config(), "max_position_embeddings", None)
     i = max(range(len(rows)), key=lambda i: len(rows[i]))
     if room and len(rows[i]) + max_new_tokens > room:
-        raise ValueError(f"prompt {i} has {len(rows[i])} tokens and max_new_tokens is {max_new_tokens}, but the context holds {room}: "
-                         "shorten the prompt or lower max_new_tokens")
+        raise ValueError(
+            f"prompt {i} has {len(rows[i])} tokens and max_new_tokens is {max_new_tokens}, but the context holds {room}: "
+            "shorten the prompt or lower max_new_tokens"
+        )
 
 # %% ../nbs/07_rollout.ipynb #9d75f8fd
-def sampling_config(temperature: float = 1., top_p: float = 1., top_k: int = 0, **kwargs) -> GenerationConfig:
+def sampling_config(temperature: float = 1.0, top_p: float = 1.0, top_k: int = 0,
+                    **kwargs) -> GenerationConfig:
     "A generation config in which nothing that shapes the distribution is left to a default."
-    if temperature < 0: raise ValueError(f"temperature must be at least 0 (0 is greedy), got {temperature}")
+    if temperature < 0:
+        raise ValueError(f"temperature must be at least 0 (0 is greedy), got {temperature}")
     if not 0 < top_p <= 1: raise ValueError(f"top_p must be in (0, 1] (1 keeps all), got {top_p}")
     if top_k < 0: raise ValueError(f"top_k must be at least 0 (0 keeps all), got {top_k}")
     if temperature == 0: return GenerationConfig(do_sample=False, num_beams=1, **kwargs)
-    return GenerationConfig(do_sample=True, num_beams=1, temperature=float(temperature), top_p=float(top_p), top_k=top_k, **kwargs)
+    return GenerationConfig(do_sample=True, num_beams=1, temperature=float(temperature),
+                            top_p=float(top_p), top_k=top_k, **kwargs)
 
 # %% ../nbs/07_rollout.ipynb #f19f29db
 @contextmanager
@@ -132,9 +158,10 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
 
 # %% ../nbs/07_rollout.ipynb #80eadbd7
 @contextmanager
-def forked_rng(seed: int | None,        # None: draw from the global generator, as torch does by default
-               device: torch.device,
-              ) -> Iterator[None]:
+def forked_rng(
+    seed: int | None,      # None: draw from the global generator, as torch does by default
+    device: torch.device,
+) -> Iterator[None]:
     "Inside, torch's random numbers start from `seed`; afterwards the global generators are where they were."
     if seed is None: yield; return
     kind = "cuda" if device.type == "cpu" else device.type
@@ -146,15 +173,21 @@ def forked_rng(seed: int | None,        # None: draw from the global generator, 
 # %% ../nbs/07_rollout.ipynb #98c81403
 class Recorder(LogitsProcessor):
     "Notes the log-probability of each sampled token, one step late, keeping the logits of one step only."
-    def __init__(self, temperature: float): self.temperature, self.last, self.logps = temperature or 1., None, []
+    def __init__(self, temperature: float):
+        self.temperature, self.last, self.logps = temperature or 1.0, None, []
 
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor: # (B, t), (B, V) -> scores, untouched
+    def __call__(
+        self, input_ids: torch.Tensor, scores: torch.Tensor
+    ) -> torch.Tensor:  # (B, t), (B, V) -> scores, untouched
         self.note(input_ids[:, -1])
         self.last = torch.log_softmax(scores.float() / self.temperature, -1)
         return scores
 
-    def note(self, tokens: torch.Tensor) -> None: # (B,) tokens drawn from the last step's distribution
-        if self.last is not None: self.logps.append(self.last.gather(-1, tokens[:, None].to(self.last.device))[:, 0])
+    def note(
+        self, tokens: torch.Tensor
+    ) -> None:  # (B,) tokens drawn from the last step's distribution
+        if self.last is not None:
+            self.logps.append(self.last.gather(-1, tokens[:, None].to(self.last.device))[:, 0])
 
     def result(self, tokens: torch.Tensor) -> torch.Tensor: # (B, T) all sampled tokens -> (B, T)
         if len(self.logps) < tokens.shape[1]: self.note(tokens[:, -1])
@@ -196,10 +229,13 @@ def can_step(model: nn.Module) -> bool:
     if spread(model): return False
     base = inner(model)
     config = getattr(model, "active_peft_config", None)
-    if getattr(config, "is_prompt_learning", False) or getattr(base, "_is_stateful", False): return False
+    if getattr(config, "is_prompt_learning", False) or getattr(base, "_is_stateful", False):
+        return False
     if not NEEDS <= set(signature(base.forward).parameters): return False
     layers = DynamicCache(config=base.config).layers
-    return all(type(l) in (DynamicLayer, DynamicSlidingWindowLayer) for l in layers) and not own_rows(model)
+    return all(
+        type(l) in (DynamicLayer, DynamicSlidingWindowLayer) for l in layers
+    ) and not own_rows(model)
 
 def own_rows(model: nn.Module) -> bool:
     "Whether every row of a batch has a mixture of its own"
@@ -233,6 +269,7 @@ def read(model: nn.Module, ids: torch.Tensor, mask: torch.Tensor # (B, P)
     if len(some) < len(ids): cache.batch_select_indices(back)
     return cache, logits[back], seen[back], where[back, -1:]
 
+# %% ../nbs/07_rollout.ipynb #6b1dd473
 def once(ids: torch.Tensor, mask: torch.Tensor) -> tuple: # rows, their mask, (B,) which is whose
     "The rows that are different"
     both, back = torch.unique(torch.cat([ids, mask], 1), dim=0, return_inverse=True)
@@ -241,7 +278,11 @@ def once(ids: torch.Tensor, mask: torch.Tensor) -> tuple: # rows, their mask, (B
 
 def last_logits(model, ids, mask, where, cache) -> torch.Tensor: # (B, V) float32
     "One call with a cache"
-    keep = dict(logits_to_keep=1) if "logits_to_keep" in signature(inner(model).forward).parameters else {}
+    keep = (
+        dict(logits_to_keep=1)
+        if "logits_to_keep" in signature(inner(model).forward).parameters
+        else {}
+    )
     out = model(input_ids=ids, attention_mask=mask, position_ids=where, past_key_values=cache,
                 use_cache=True, **keep)
     return out.logits[:, -1].float()
@@ -310,12 +351,18 @@ class Generation:
     prompts: list                   # N texts (or id lists) as they were given
     texts: list                     # N completions, special tokens removed
     ids: torch.Tensor               # (N, P+T)
-    mask: torch.Tensor              # (N, P+T) 1 on prompt tokens and on sampled tokens, EOS included
+    mask: torch.Tensor  # (N, P+T) 1 on prompt tokens and on sampled tokens, EOS included
     completion_mask: torch.Tensor   # (N, T) 1 on sampled tokens up to and including EOS
-    logprobs: torch.Tensor          # (N, T) at sampling time, temperature-scaled, not truncated; 0 where nothing was sampled
+    logprobs: (
+        torch.Tensor
+    )  # (N, T) at sampling time, temperature-scaled, not truncated; 0 where nothing was sampled
     prompt_len: int                 # P
-    finished: torch.Tensor          # (N,) True where an EOS ended the completion, False where max_new_tokens did
-    temperature: float = 1.         # of the policy whose log-probabilities these are; 0 is greedy, recorded at 1
+    finished: (
+        torch.Tensor
+    )  # (N,) True where an EOS ended the completion, False where max_new_tokens did
+    temperature: float = (
+        1.0  # of the policy whose log-probabilities these are; 0 is greedy, recorded at 1
+    )
     seconds: float = 0.             # wall-clock time
 
     def __len__(self): return len(self.texts)
@@ -326,71 +373,96 @@ class Generation:
     def __getitem__(self, rows): return select(self, rows)
 
 # %% ../nbs/07_rollout.ipynb #4cde6ad1
-def trim(mask: torch.Tensor, prompt_len: int) -> tuple[int, int]: # (columns to cut on the left, completion columns to keep)
+def trim(
+    mask: torch.Tensor, prompt_len: int
+) -> tuple[int, int]:  # (columns to cut on the left, completion columns to keep)
     "How much of the padding no row of a batch needs."
     used = mask.any(0)
     left = int(used[:prompt_len].long().argmax())
     return left, max(int(used[prompt_len:].sum()), 1)
 
-def select(g: Generation,
-           rows,              # a slice, a list of row numbers, or a boolean tensor (N,)
-          ) -> Generation:    # the same class, with the padding that these rows do not need cut away
+def select(
+    g: Generation,
+    rows,           # a slice, a list of row numbers, or a boolean tensor (N,)
+) -> Generation:  # the same class, with the padding that these rows do not need cut away
     "Some rows of a generation, for instance a micro-batch."
     index = torch.arange(len(g))[rows].reshape(-1).tolist()
-    pick = lambda x: x[index] if torch.is_tensor(x) else [x[i] for i in index] if isinstance(x, list) else x
+    pick = lambda x: (
+        x[index] if torch.is_tensor(x) else [x[i] for i in index] if isinstance(x, list) else x
+    )
     new = replace(g, **{f.name: pick(getattr(g, f.name)) for f in fields(g)})
     left, T = trim(new.mask, new.prompt_len)
     new.ids, new.mask = (x[:, left:new.prompt_len + T] for x in (new.ids, new.mask))
-    new.completion_mask, new.logprobs, new.prompt_len = new.completion_mask[:, :T], new.logprobs[:, :T], new.prompt_len - left
+    new.completion_mask, new.logprobs, new.prompt_len = (new.completion_mask[:, :T],
+                                                         new.logprobs[:, :T], new.prompt_len - left)
     return new
 
 # %% ../nbs/07_rollout.ipynb #6f684c45
-def join(parts: list[dict], order: list[int], fill: int) -> dict: # tensors over all N prompts, in their original order
+def join(
+    parts: list[dict], order: list[int], fill: int
+) -> dict:  # tensors over all N prompts, in their original order
     "Put batches of different widths into one rectangle."
     P, T = (max(p[k].shape[1] for p in parts) for k in ("prompt", "tokens"))
     left = lambda k, v: torch.cat([pad(p[k], (P - p[k].shape[1], 0), value=v) for p in parts])
     right = lambda k, v: torch.cat([pad(p[k], (0, T - p[k].shape[1]), value=v) for p in parts])
-    prompt, prompt_mask, tokens, kept, logprobs = left("prompt", fill), left("prompt_mask", 0), right("tokens", fill), right("kept", 0), right("logprobs", 0.)
+    prompt, prompt_mask, tokens, kept, logprobs = (left("prompt", fill), left("prompt_mask", 0),
+                                                   right("tokens", fill), right("kept", 0),
+                                                   right("logprobs", 0.0))
     back = torch.tensor(order, device=prompt.device).argsort()
-    return dict(ids=torch.cat([prompt, tokens], 1)[back], mask=torch.cat([prompt_mask, kept], 1)[back], completion_mask=kept[back],
-                logprobs=logprobs[back], finished=torch.cat([p["finished"] for p in parts])[back], prompt_len=P)
+    return dict(ids=torch.cat([prompt, tokens], 1)[back],
+                mask=torch.cat([prompt_mask, kept], 1)[back], completion_mask=kept[back],
+                logprobs=logprobs[back], finished=torch.cat([p["finished"] for p in parts])[back],
+                prompt_len=P)
 
 # %% ../nbs/07_rollout.ipynb #390e5708
 def texts_of(tokenizer, tensors: dict) -> list[str]:
     "The completions as text: what they add to the last token of their prompt, so that a leading space survives."
     P, out = tensors["prompt_len"], []
     for row, kept in zip(tensors["ids"].tolist(), tensors["completion_mask"].sum(1).tolist()):
-        before, both = (tokenizer.decode(row[P - 1:end], skip_special_tokens=True) for end in (P, P + kept))
+        before, both = (
+            tokenizer.decode(row[P - 1 : end], skip_special_tokens=True) for end in (P, P + kept)
+        )
         alone = not before or not both.startswith(before)
-        out.append(tokenizer.decode(row[P:P + kept], skip_special_tokens=True) if alone else both[len(before):])
+        out.append(
+            tokenizer.decode(row[P : P + kept], skip_special_tokens=True)
+            if alone
+            else both[len(before) :]
+        )
     return out
 
 # %% ../nbs/07_rollout.ipynb #65993775
-def generate(model: nn.Module,          # any causal LM of transformers, plain or wrapped by PEFT
-             tokenizer,
-             prompts: list,             # N texts (see `tasks.render`), or lists of token ids
-             max_new_tokens: int = 256, # T at most
-             temperature: float = 1.,   # 0 is greedy
-             top_p: float = 1.,         # 1 keeps the whole vocabulary; below 1 the samples are off-policy, see below
-             top_k: int = 0,            # 0 keeps the whole vocabulary
-             batch_size: int = 64,      # prompts that go through the model at once
-             seed: int = None,          # None: torch's global generator goes on; else it is left alone
-             eos: list[int] = None,     # tokens that end an answer; None: those of model and tokenizer
-             sort: bool = True,         # batches of similar length; the order of the result is that of `prompts`
-             progress: bool = False,    # show a bar
-            ) -> Generation:
+def generate(
+    model: nn.Module,           # any causal LM of transformers, plain or wrapped by PEFT
+    tokenizer,
+    prompts: list,              # N texts (see `tasks.render`), or lists of token ids
+    max_new_tokens: int = 256,  # T at most
+    temperature: float = 1.,    # 0 is greedy
+    top_p: float = 1.,          # 1 keeps the whole vocabulary; below 1 samples are off-policy
+    top_k: int = 0,             # 0 keeps the whole vocabulary
+    batch_size: int = 64,       # prompts that go through the model at once
+    seed: int = None,           # None: torch's global generator goes on; else it is left alone
+    eos: list[int] = None,      # tokens that end an answer; None: those of model and tokenizer
+    sort: bool = True,          # batches of similar length; the result has the order of `prompts`
+    progress: bool = False,     # show a bar
+) -> Generation:
     "Complete prompts, recording the log-probability of every token at the moment it is sampled."
     for name, n in dict(max_new_tokens=max_new_tokens, batch_size=batch_size).items():
         if n < 1: raise ValueError(f"{name} must be at least 1, got {n}")
-    if inner(model).config.is_encoder_decoder: raise ValueError("generate needs a decoder-only model; this one has an encoder and a decoder")
-    began, eos, fill = time.perf_counter(), eos_ids(model, tokenizer) if eos is None else list(eos), pad_id(model, tokenizer)
-    config = sampling_config(temperature, top_p, top_k, max_new_tokens=max_new_tokens, eos_token_id=eos or None, pad_token_id=fill)
+    if inner(model).config.is_encoder_decoder:
+        raise ValueError("generate needs a decoder-only model; this one has an encoder, too")
+    began, fill = time.perf_counter(), pad_id(model, tokenizer)
+    eos = eos_ids(model, tokenizer) if eos is None else list(eos)
+    config = sampling_config(temperature, top_p, top_k, max_new_tokens=max_new_tokens,
+                             eos_token_id=eos or None, pad_token_id=fill)
     rows = encode(tokenizer, prompts, eos)
     check_room(rows, max_new_tokens, model)
-    order = sorted(range(len(rows)), key=lambda i: -len(rows[i])) if sort and len(rows) > batch_size else list(range(len(rows)))
+    order = list(range(len(rows)))
+    if sort and len(rows) > batch_size: order.sort(key=lambda i: -len(rows[i]))
     with undisturbed(model), forked_rng(seed, inner(model).device):
-        tensors = join(list(_batches(model, rows, order, batch_size, config, progress)), order, fill)
-    return Generation(list(prompts), texts_of(tokenizer, tensors), **tensors, temperature=temperature, seconds=time.perf_counter() - began)
+        parts = list(_batches(model, rows, order, batch_size, config, progress))
+        tensors = join(parts, order, fill)
+    return Generation(list(prompts), texts_of(tokenizer, tensors), **tensors,
+                      temperature=temperature, seconds=time.perf_counter() - began)
 
 # %% ../nbs/07_rollout.ipynb #dcf69444
 def _batches(model, rows, order, batch_size, config, progress):
@@ -481,7 +553,8 @@ def plain_head(model: nn.Module) -> nn.Module | None:
     head = inner(model).get_output_embeddings()
     weight = getattr(head, "weight", None)
     if weight is None or inner(model) in ODD: return None
-    if hasattr(weight, "device_mesh"): return None    # spread over processes, whole only inside a pass
+    if hasattr(weight, "device_mesh"):
+        return None  # spread over processes, whole only inside a pass
     adapted = (BaseTunerLayer, AuxiliaryTrainingWrapper)
     if any(isinstance(m, adapted) for m in head.modules()): return None
     learns = torch.is_grad_enabled() and any(p.requires_grad for p in head.parameters())
@@ -516,7 +589,9 @@ def hidden(model: nn.Module,
     finish = after_head(inner(model).config)
     with caught(head) as seen: one = answer_pass(*args)
     if seen and agrees(one, finish, head, seen[0]):
-        return Hidden(seen[0][:, -tokens.shape[1] - 1:-1], lambda x: wide(finish(head(x))), tokens, True)
+        return Hidden(
+            seen[0][:, -tokens.shape[1] - 1 : -1], lambda x: wide(finish(head(x))), tokens, True
+        )
     ODD.add(inner(model))
     return Hidden(completion_logits(*args, temperature), lambda x: x, tokens, False)
 
@@ -554,6 +629,7 @@ class _Places(torch.autograd.Function):
         total = sum(g * w[:, None].to(g) for g, w in zip(ctx.saved_tensors, weights))
         return total, *[None] * 5
 
+# %% ../nbs/07_rollout.ipynb #451a0ec4
 def divergence(logp, p, ref, of) -> torch.Tensor: # (n,)
     "`kl_per_token` with p at hand and one table less"
     if of == "policy": return (logp - ref).mul_(p).sum(-1)
@@ -622,21 +698,29 @@ def token_logprobs(model: nn.Module,
 # %% ../nbs/07_rollout.ipynb #9398210a
 def judge(task: Task, texts: list[str], examples: list, workers: int = None) -> list: # of Verdict
     "Judge completions; a reward that raises or is not finite stops the run with one line that says where."
-    return judge_all(replace(task, verify=partial(_checked, task)), texts, examples, workers=workers or (2 if task.verify else 1))
+    return judge_all(replace(task, verify=partial(_checked, task)), texts, examples,
+                     workers=workers or (2 if task.verify else 1))
 
 def _checked(task, completion, example):
     "A verdict with a finite reward, or a ValueError that names task and completion."
     try: verdict = task.judge(completion, example)
     except (Exception, SystemExit) as e:     # a reward that calls exit() must not end the run as if all were well
-        raise ValueError(f"task {task.name!r}: judging {completion[:60]!r} failed: {type(e).__name__}: {e}") from e
-    if not math.isfinite(verdict.reward): raise ValueError(f"task {task.name!r}: judging {completion[:60]!r} gave the reward {verdict.reward}")
+        raise ValueError(
+            f"task {task.name!r}: judging {completion[:60]!r} failed: {type(e).__name__}: {e}"
+        ) from e
+    if not math.isfinite(verdict.reward):
+        raise ValueError(
+            f"task {task.name!r}: judging {completion[:60]!r} gave the reward {verdict.reward}"
+        )
     return verdict
 
 # %% ../nbs/07_rollout.ipynb #6a5bfc25
 @dataclass
 class Rollouts(Generation):
     "A generation that was scored: `samples` completions in a row for each example."
-    examples: list = field(default_factory=list)    # N examples of the task, each repeated `samples` times
+    examples: list = field(
+        default_factory=list
+    )  # N examples of the task, each repeated `samples` times
     verdicts: list = field(default_factory=list)    # N of tasks.Verdict
     rewards: torch.Tensor = None                    # (N,) float32
     samples: int = 1                                # completions for each example
@@ -644,27 +728,35 @@ class Rollouts(Generation):
     def to_items(self) -> list[dict]: return items_of(self)
 
 # %% ../nbs/07_rollout.ipynb #0a39e5be
-def rollout(model: nn.Module,
-            tokenizer,
-            task: Task,
-            examples: list,              # examples of the task
-            samples: int = 1,            # completions for each example
-            max_new_tokens: int = None,  # None: the task's own
-            workers: int = None,         # completions judged at a time; None: 2 for a task with a verifier, 1 for a bare reward function
-            **kwargs,                    # of `generate`: temperature, top_p, top_k, batch_size, seed, eos, sort, progress
-           ) -> Rollouts:                # N = samples * len(examples) rows
+def rollout(
+    model: nn.Module,
+    tokenizer,
+    task: Task,
+    examples: list,              # examples of the task
+    samples: int = 1,            # completions for each example
+    max_new_tokens: int = None,  # None: the task's own
+    workers: int = None,         # completions judged at a time; None: 2 for a task with a verifier, 1 for a bare reward function
+    **kwargs,                    # of `generate`: temperature, top_p, top_k, batch_size, seed, eos, sort, progress
+) -> Rollouts:  # N = samples * len(examples) rows
     "Ask a task's questions, record the answers, and judge them."
     if samples < 1: raise ValueError(f"samples must be at least 1, got {samples}")
     examples = [e for e in examples for _ in range(samples)]
-    g = generate(model, tokenizer, [render(task, e, tokenizer) for e in examples], max_new_tokens or task.max_new_tokens, **kwargs)
+    g = generate(model, tokenizer, [render(task, e, tokenizer) for e in examples],
+                 max_new_tokens or task.max_new_tokens, **kwargs)
     verdicts = judge(task, g.texts, examples, workers)
     rewards = torch.tensor([v.reward for v in verdicts], device=g.ids.device, dtype=torch.float32)
-    return Rollouts(**{f.name: getattr(g, f.name) for f in fields(g)}, examples=examples, verdicts=verdicts, rewards=rewards, samples=samples)
+    return Rollouts(**{f.name: getattr(g, f.name) for f in fields(g)}, examples=examples,
+                    verdicts=verdicts, rewards=rewards, samples=samples)
 
 # %% ../nbs/07_rollout.ipynb #ebf9b7af
 def items_of(r: Rollouts) -> list[dict]: # one JSON-ready dict for each completion
     "The lines of items.jsonl."
     plain = lambda x: x if isinstance(x, (str, int, float, bool, type(None))) else str(x)
-    rows = zip(r.prompts, r.texts, r.verdicts, r.lengths.tolist(), r.finished.tolist(), r.logprobs.sum(1).tolist())
-    return [dict(prompt=p, completion=t, reward=float(v.reward), correct=bool(v.correct), score=float(v.score), parsed=plain(v.parsed), gold=plain(v.gold),
-                 why=v.why, sample=i % r.samples, tokens=n, finished=f, logprob=round(l, 4)) for i, (p, t, v, n, f, l) in enumerate(rows)]
+    rows = zip(r.prompts, r.texts, r.verdicts, r.lengths.tolist(), r.finished.tolist(),
+               r.logprobs.sum(1).tolist())
+    return [
+        dict(prompt=p, completion=t, reward=float(v.reward), correct=bool(v.correct),
+             score=float(v.score), parsed=plain(v.parsed), gold=plain(v.gold), why=v.why,
+             sample=i % r.samples, tokens=n, finished=f, logprob=round(l, 4))
+        for i, (p, t, v, n, f, l) in enumerate(rows)
+    ]

@@ -1203,4 +1203,7 @@ def run_many(jobs: list,            # dicts of `run_program`'s arguments
     if jobs: isolation()
     with ThreadPoolExecutor(workers or cores) as pool:
         done = pool.map(lambda job: run_program(**{**shared, **job}), jobs)
-        return list(progress_bar(done, total=len(jobs), desc="programs", unit="program", disable=not progress))
+        return list(
+            progress_bar(done, total=len(jobs), desc="programs", unit="program",
+                         disable=not progress)
+        )

@@ -15,9 +15,10 @@ from .adapter import SvfConfig, make_basis, svf_layers, weight_of, zs
 from .svd import decompose
 
 # %% ../nbs/14_transfer.ipynb #9e425775
-def overlap(Q_s: torch.Tensor, # (r, k) source basis
-            Q_t: torch.Tensor  # (r, k') target basis of the same side and width
-           ) -> torch.Tensor:  # (k, k') squared cosines; over a full basis rows and columns sum to 1
+def overlap(
+    Q_s: torch.Tensor,  # (r, k) source basis
+    Q_t: torch.Tensor   # (r, k') target basis of the same side and width
+) -> torch.Tensor:  # (k, k') squared cosines; over a full basis rows and columns sum to 1
     "How much of each target direction lies along each source direction"
     return (Q_s.float().T @ Q_t.float()) ** 2
 
@@ -33,9 +34,17 @@ def carry(d: torch.Tensor,             # (k,) d = z - 1 of one source matrix
           O2: torch.Tensor | None = None # (k_s, k) squared overlap, for matched
          ) -> torch.Tensor:            # (k,)
     "d for one target matrix from d of the source matrix it corresponds to"
-    if how == "resampled": return F.interpolate(d[None, None], size=k, mode="linear", align_corners=True)[0, 0] if len(d) > 1 else d.expand(k)
+    if how == "resampled":
+        return (
+            F.interpolate(d[None, None], size=k, mode="linear", align_corners=True)[0, 0]
+            if len(d) > 1
+            else d.expand(k)
+        )
     if how == "matched": return match(d, O2)
-    if len(d) != k: raise ValueError(f'the source has {len(d)} singular values, the target {k}: only how="resampled" can bridge that')
+    if len(d) != k:
+        raise ValueError(
+            f'the source has {len(d)} singular values, the target {k}: only how="resampled" can bridge that'
+        )
     if how == "ordered": return d.clone()
     if how == "shuffled": return d[torch.randperm(k, generator=generator)]
     if how == "mean": return d.mean().expand(k).clone()
@@ -51,13 +60,23 @@ def correspond(names: list[str],          # adapted matrices of the source
               ) -> dict[str, str]:        # {source name: target name}
     "Where each of the expert's matrices goes"
     mapping = mapping or {n: n for n in names}
-    modules = dict((target.get_base_model() if isinstance(target, PeftModel) else target).named_modules())
+    modules = dict(
+        (target.get_base_model() if isinstance(target, PeftModel) else target).named_modules()
+    )
     for n in names:
-        if n not in mapping: raise ValueError(f"mapping says nothing about {n}: give it a target, or leave it out of the expert")
-        if mapping[n] not in modules: raise ValueError(f"the target has no {mapping[n]} for the expert's {n}: give a mapping of names")
+        if n not in mapping:
+            raise ValueError(
+                f"mapping says nothing about {n}: give it a target, or leave it out of the expert"
+            )
+        if mapping[n] not in modules:
+            raise ValueError(
+                f"the target has no {mapping[n]} for the expert's {n}: give a mapping of names"
+            )
     where = {n: mapping[n] for n in names}
     if twice := sorted(t for t in set(where.values()) if list(where.values()).count(t) > 1):
-        raise ValueError(f"mapping sends {sum(t == twice[0] for t in where.values())} matrices to {twice[0]}: a matrix has one set of knobs, give each its own")
+        raise ValueError(
+            f"mapping sends {sum(t == twice[0] for t in where.values())} matrices to {twice[0]}: a matrix has one set of knobs, give each its own"
+        )
     return where
 
 # %% ../nbs/14_transfer.ipynb #9abe49fe
@@ -76,11 +95,16 @@ def transfer(expert: str,            # adapter name on `source`
     where = correspond(list(z), target, mapping)
     check_widths(source, target, where, how)
     target = dress(target, sorted(set(where.values())), adapter_name)
-    generator, theirs, ours = torch.Generator().manual_seed(seed), svf_layers(source), svf_layers(target)
+    generator, theirs, ours = (torch.Generator().manual_seed(seed), svf_layers(source),
+                               svf_layers(target))
     with torch.no_grad():
         for n, v in z.items():
             p = ours[where[n]].svf_d[adapter_name]
-            O2 = overlap(theirs[n].svf_Q[:, : len(v)], ours[where[n]].svf_Q) if how == "matched" else None
+            O2 = (
+                overlap(theirs[n].svf_Q[:, : len(v)], ours[where[n]].svf_Q)
+                if how == "matched"
+                else None
+            )
             p.copy_(carry(v - 1, len(p), how, generator, O2.cpu() if O2 is not None else None))
     return target
 
@@ -90,22 +114,35 @@ def _shape(model: nn.Module, name: str) -> tuple[int, int]:
     layers = svf_layers(model)
     if name in layers: return layers[name].out_features, layers[name].in_features
     m = (model.get_base_model() if isinstance(model, PeftModel) else model).get_submodule(name)
-    return (m.out_features, m.in_features) if hasattr(m, "out_features") else tuple(m.weight.shape)[::-1]
+    return (
+        (m.out_features, m.in_features)
+        if hasattr(m, "out_features")
+        else tuple(m.weight.shape)[::-1]
+    )
 
 def check_widths(source: nn.Module, target: nn.Module, where: dict[str, str], how: str) -> None:
     "Refuse what has no meaning, naming the matrix"
     for n, t in where.items():
         (m, k), (M, K) = _shape(source, n), _shape(target, t)
         if how != "resampled" and min(m, k) != min(M, K):
-            raise ValueError(f'{n} has {min(m, k)} singular values, {t} of the target has {min(M, K)}: only how="resampled" can bridge that')
+            raise ValueError(
+                f'{n} has {min(m, k)} singular values, {t} of the target has {min(M, K)}: only how="resampled" can bridge that'
+            )
         if how == "matched" and (m <= k) != (M <= K):
-            raise ValueError(f"{n} is {m}x{k}, {t} is {M}x{K}: their singular bases live on different sides and cannot be matched")
+            raise ValueError(
+                f"{n} is {m}x{k}, {t} is {M}x{K}: their singular bases live on different sides and cannot be matched"
+            )
 
+# %% ../nbs/14_transfer.ipynb #a96a0be3
 def dress(target: nn.Module, modules: list[str], adapter_name: str) -> PeftModel:
     "Put a fresh SVF adapter with z = 1 on exactly these matrices"
     config = SvfConfig(target_modules=modules)
-    if not isinstance(target, PeftModel): return get_peft_model(target, config, adapter_name=adapter_name)
-    if adapter_name in target.peft_config: raise ValueError(f"the target already carries an adapter named {adapter_name!r}: choose another adapter_name")
+    if not isinstance(target, PeftModel):
+        return get_peft_model(target, config, adapter_name=adapter_name)
+    if adapter_name in target.peft_config:
+        raise ValueError(
+            f"the target already carries an adapter named {adapter_name!r}: choose another adapter_name"
+        )
     target.add_adapter(adapter_name, config)
     return target
 
@@ -116,15 +153,19 @@ def kinship(source: PeftModel, target: PeftModel # both dressed on the same matr
     theirs, ours, out = svf_layers(source), svf_layers(target), {}
     for n in theirs.keys() & ours.keys():
         A, B = theirs[n].svf_Q.float(), ours[n].svf_Q.float()
-        if A.shape == B.shape: out[n] = ((A * B).sum(0).abs().mean().item(), (2 / (torch.pi * len(A))) ** .5)
+        if A.shape == B.shape:
+            out[n] = ((A * B).sum(0).abs().mean().item(), (2 / (torch.pi * len(A))) ** 0.5)
     return out
 
 # %% ../nbs/14_transfer.ipynb #78a8b99a
-def alike(source: PeftModel, target: PeftModel,          # with the expert before and after
-          name: str = "default", new_name: str = "default" # its adapter names there
-         ) -> tuple[float, float, float]: # cosine of the operators; the same without each matrix's mean; norm after / norm before
+def alike(
+    source: PeftModel, target: PeftModel,             # with the expert before and after
+    name: str = "default", new_name: str = "default"  # its adapter names there
+) -> tuple[float, float, float]:  # cosine of the operators; the same without each matrix's mean; norm after / norm before
     "How much of an expert arrived, over all matrices together"
-    Q, R, d, e = svf_layers(source), svf_layers(target), *({n: z - 1 for n, z in zs(*m).items()} for m in ((source, name), (target, new_name)))
+    Q, R, d, e = (
+        svf_layers(source), svf_layers(target),
+        *({n: z - 1 for n, z in zs(*m).items()} for m in ((source, name), (target, new_name))))
     norm = lambda x: sum(v.square().sum().item() for v in x.values()) ** .5
     def cosine(x, y):
         inner = sum((x[n] @ overlap(Q[n].svf_Q, R[n].svf_Q) @ y[n]).item() for n in x)
