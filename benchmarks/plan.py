@@ -8,7 +8,8 @@ gradients. In the rows "generating" many answers are generated at once and few a
 that the full cache is the worst moment. Large tensors get memory pages of their own
 (MALLOC_MMAP_THRESHOLD_), so that what is freed is given back. Linux only.
 """
-import argparse, json, os, platform, subprocess, sys
+import argparse, json, os, platform, random, subprocess, sys
+from string import ascii_lowercase
 from pathlib import Path
 
 import torch
@@ -41,8 +42,10 @@ class Letters:
 def task_of(prompt, new):
     "Prompts of nearly equal length, and a reward that any answer gets"
     from transformer2_nbdev.tasks import Task
-    # one pad token somewhere, as in real batches
-    rows = [dict(prompt="p" * (prompt - i % 2)) for i in range(64)]
+    # one pad token somewhere, as in real batches; no two prompts alike, for those would be read once
+    words = random.Random(0)
+    drawn = lambda i: "".join(words.choices(ascii_lowercase, k=prompt - i % 2))
+    rows = [dict(prompt=drawn(i)) for i in range(256)]
     return Task("letters", examples=lambda split: rows, prompt=lambda e: e["prompt"],
                 reward=lambda text, e: float(len(text) % 2) * 2 - 1, max_new_tokens=new)
 
