@@ -38,7 +38,8 @@ from .adapter import (SvfConfig, SvfLayer, block_index, linear_names, offset,
                                         resolve_targets, rows_in_place, svf_layers, weight_of)
 from .fused import enter_step, leave_step
 from .reinforce import kl_per_token, policy_loss
-from .rollout import Rollouts, encode, inner, pad_left, vocab_logprobs
+from .rollout import (PIECE, Rollouts, encode, inner, pad_left,
+                                        vocab_logprobs)
 from .svf import linear_shapes, n_params
 from .tasks import render
 
@@ -533,7 +534,9 @@ def blocks_alike(model: nn.Module) -> bool:
 def batches(config: PretrainedConfig, s: Setup) -> list[int]:
     "Batches to rehearse: some with few logits, some with many, none that takes long"
     logits = s.new * config.get_text_config().vocab_size
-    return [1, *([b for b in (4, 16, 64) if b * logits <= 2 ** 26] or [2])]
+    some = [b for b in (4, 16, 64) if b * logits <= 2 ** 26] or [2]
+    edge = PIECE // logits
+    return sorted({1, *some, *([edge, edge + 1] if edge else [])})
 
 def foretell(config: PretrainedConfig, s: Setup) -> Callable: # batch -> {name: Moment}
     "What `rehearse` gives for any batch, from a few small rehearsals"
