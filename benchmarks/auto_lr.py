@@ -13,7 +13,7 @@ down before the first run. Finished runs are files in FOLDER, a run of the real 
 its last step, and an interrupted benchmark (`timeout -s INT 300 python ...`) goes on from there.
 The record is benchmarks/results/auto-lr.json. The real model is a folder named by --chat.
 """
-import argparse, json, os, random, statistics, time
+import argparse, json, os, random, statistics
 from functools import cache
 from pathlib import Path
 
@@ -21,13 +21,12 @@ import torch
 from peft import get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from pieces import Work, about, pack
+from pieces import Work, about, nats_an_answer, pack
 from transformer2_nbdev import lab
 from transformer2_nbdev.adapter import SvfConfig
 from transformer2_nbdev.evaluate import evaluate, write_atomic
-from transformer2_nbdev.reinforce import (Diverged, ReinforceConfig, kl_per_token, reference,
-                                          train_expert)
-from transformer2_nbdev.rollout import rollout, vocab_logprobs
+from transformer2_nbdev.reinforce import Diverged, ReinforceConfig, train_expert
+from transformer2_nbdev.rollout import rollout
 from transformer2_nbdev.tasks import Task
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -94,14 +93,7 @@ def base(task):
 def measured(model, tok, task, n):
     "What the model does on test questions"
     r = rollout(model, tok, task, task.examples("test")[:n], seed=1, batch_size=48)
-    nats = []
-    with torch.no_grad():
-        for i in range(0, len(r), 48):
-            q = r[list(range(i, min(i + 48, len(r))))]
-            args = q.ids, q.mask, q.prompt_len
-            logp = vocab_logprobs(model, *args)
-            with reference(model): ref = vocab_logprobs(model, *args)
-            nats += (kl_per_token(logp, ref) * q.completion_mask).sum(1).tolist()
+    nats = nats_an_answer(model, r, 48)
     row = dict(n=len(r), reward=r.rewards.mean().item(), right=int((r.rewards > 0).sum()),
                nats=statistics.mean(nats), nats_a_token=sum(nats) / int(r.lengths.sum()))
     if task.name == "dog": return row

@@ -28,7 +28,7 @@ The record is benchmarks/results/baselines.json; what it says under `compose` (e
 `cost` and `before` was measured by an earlier version of this script: its command, budget and
 versions stand beside it, under `before`.
 """
-import argparse, base64, json, math, random, resource, statistics, subprocess, sys, time, zlib
+import argparse, json, math, random, resource, statistics, subprocess, sys, time
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
@@ -36,10 +36,10 @@ from pathlib import Path
 import numpy as np, torch, transformers
 from peft import IA3Config, LNTuningConfig, LoraConfig, get_peft_model
 
-from pieces import Work, about
+from pieces import Work, about, pack, unpack
 from transformer2_nbdev import lab, why
 from transformer2_nbdev.adapter import SvfConfig, resolve_targets
-from transformer2_nbdev.evaluate import evaluate, student_t, write_atomic
+from transformer2_nbdev.evaluate import evaluate, student_inside, student_t, write_atomic
 from transformer2_nbdev.reinforce import Diverged, ReinforceConfig, sft, train_expert
 from transformer2_nbdev.rollout import rollout
 from transformer2_nbdev.svf import is_target
@@ -140,19 +140,6 @@ def fit(model, task, loss, lr, seed, last=False, **kw):
     return h.result["acc"], h.best_step
 
 
-def bits(result):
-    "Which questions were answered rightly, one bit each, in a few bytes of text"
-    number = int("1" + "".join(str(int(i["correct"])) for i in result.items), 2)
-    packed = number.to_bytes((len(result.items) + 8) // 8, "big")
-    return base64.b85encode(zlib.compress(packed, 9)).decode()
-
-
-def unbits(text):
-    "The list of 0 and 1 again"
-    number = int.from_bytes(zlib.decompress(base64.b85decode(text)), "big")
-    return [int(b) for b in f"{number:b}"[1:]]
-
-
 def ask(model, names=TESTED, limit=LIMIT, **kw):
     tok, tasks = world()[:2]
     kw = dict(limit=limit, batch_size=limit or 501, progress=False) | kw
@@ -176,7 +163,7 @@ def describe(plain):
     share = lambda k: round(sum(s * getattr(p, k) for s, p in zip(sizes, parts)) / (total or 1), 4)
     kl = why.answer_kl(base, plain, answers), why.answer_kl(plain, base, own)
     return dict(correct={n: r.correct for n, r in scores.items()},
-                bits={n: bits(r) for n, r in scores.items()},
+                bits={n: pack(r.items) for n, r in scores.items()},
                 kl=[round(x, 5) for x in kl],
                 old=round(old_loss(plain) - old_loss(base), 5), norm=round(total ** .5, 4),
                 spectral=share("spectral"), moved=share("moved"), chance=share("chance"))
@@ -241,13 +228,8 @@ def overfit(work, method, loss, lr, n, seed):
 
 
 def student_p(t, df):
-    "Two-sided p of Student's t, by integrating its density"
-    if not t: return 1.
-    angles = np.linspace(0, math.atan(abs(t) / math.sqrt(df)), 2001)
-    y = np.cos(angles) ** (df - 1)
-    area = float((y.sum() - (y[0] + y[-1]) / 2) * angles[1])
-    scale = math.exp(math.lgamma((df + 1) / 2) - math.lgamma(df / 2)) / math.sqrt(math.pi)
-    return max(0., 1 - 2 * scale * area)
+    "Two-sided p of Student's t"
+    return max(0., 1 - student_inside(abs(t), df))
 
 
 def contrast(a, b, task):
@@ -257,7 +239,7 @@ def contrast(a, b, task):
     seeds of b (Welch), and questions: the spread over questions of the difference between the two
     means over seeds. Degrees of freedom after Satterthwaite.
     """
-    A, B = (np.array([unbits(r["bits"][task]) for r in runs], float) for runs in (a, b))
+    A, B = (np.array([unpack(r["bits"][task]) for r in runs], float) for runs in (a, b))
     d = B.mean(0) - A.mean(0)
     parts = [(X.mean(1).var(ddof=1) / len(X), len(X) - 1) for X in (A, B) if len(X) > 1]
     parts.append((d.var(ddof=1) / len(d), len(d) - 1))
@@ -314,7 +296,7 @@ def main(a):
                   base_scores={}, surface=[], chosen={loss: {} for loss in a.losses}, runs=[])
     if set(a.parts) != {"cost"}:
         base = ask(world()[2])
-        score = lambda r: dict(correct=r.correct, n=r.n, bits=bits(r))
+        score = lambda r: dict(correct=r.correct, n=r.n, bits=pack(r.items))
         record["base_scores"] = {n: score(r) for n, r in base.items()}
     for loss in a.losses:
         for m in COMPARED:

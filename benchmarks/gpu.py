@@ -163,7 +163,6 @@ def with_random_bases(make):
 
 def contenders(a):
     "Name -> a function that makes the model ready, and the planner's name for it"
-    from peft import get_peft_model
     def adapted(**kw):
         return scale.adapt(random_model(a), scale.Setup(target_modules=a.target_modules, **kw))
     def svf(): return with_random_bases(adapted)

@@ -31,6 +31,7 @@ from pathlib import Path
 import peft, torch, transformers
 from peft import get_peft_model
 
+from pieces import pack, unpack
 from transformer2_nbdev import lab
 from transformer2_nbdev.adapt import fixed, load_experts
 from transformer2_nbdev.adapter import SvfConfig, svf_layers
@@ -70,14 +71,10 @@ N_TEST = 501
 PARTS = ("tune", "verdict", "control", "mixer", "dose", "bf16", "start", "other", "leak")
 
 
-def bits(right) -> str: return f"{int('1' + ''.join(str(int(r)) for r in right), 2):x}" # a leading 1 keeps the zeros
-
-def unbits(text) -> list: return [c == "1" for c in f"{int(text, 16):b}"[1:]]
-
 def against(base: list, right: list) -> dict:
     "What is kept of an evaluation: who was right, and the paired comparison"
     gained, lost = (sum(x and not y for x, y in zip(*two)) for two in ((right, base), (base, right)))
-    return dict(correct=sum(right), n=len(right), gained=gained, lost=lost, p=float(f"{mcnemar(gained, lost):.3g}"), right=bits(right))
+    return dict(correct=sum(right), n=len(right), gained=gained, lost=lost, p=float(f"{mcnemar(gained, lost):.3g}"), right=pack(right))
 
 def score(model, task, strategy=None, split="test", limit=None) -> list:
     return [i["correct"] for i in evaluate(model, TOK, task, strategy, split=split, limit=limit, batch_size=334, progress=False).items]
@@ -140,9 +137,9 @@ def verdict(done, name, seed, rate=None) -> dict: # rate: None takes the one cho
 
 def base_scores(done) -> dict:
     model = lab.load("A")[0]
-    return {t: dict(correct=sum(r), n=len(r), right=bits(r)) for t in (*SKILLS, "copy", "cls") for r in [score(model, TASKS[t])]}
+    return {t: dict(correct=sum(r), n=len(r), right=pack(r)) for t in (*SKILLS, "copy", "cls") for r in [score(model, TASKS[t])]}
 
-def base_of(done, task, n=1002) -> list: return unbits(done["base"][task]["right"])[:n]
+def base_of(done, task, n=1002) -> list: return unpack(done["base"][task]["right"])[:n]
 
 def start(done, std, seed) -> dict:
     torch.manual_seed(seed)

@@ -5,6 +5,8 @@ from pathlib import Path
 import peft, torch, transformers
 
 from transformer2_nbdev.evaluate import write_atomic
+from transformer2_nbdev.reinforce import reference
+from transformer2_nbdev.rollout import kl_per_token, vocab_logprobs
 
 
 class Work:
@@ -20,9 +22,28 @@ class Work:
         return json.loads(path.read_text())
 
 
-def pack(items): # evaluate's items -> hex, one bit for each question
+def pack(answers): # evaluate's items, or true and false -> hex, one bit for each question
     "Which questions were answered rightly, so that any two rows of a record can be paired later"
-    return f"{int('1' + ''.join(str(int(i['correct'])) for i in items), 2):x}"
+    right = (a["correct"] if isinstance(a, dict) else a for a in answers)
+    return f"{int('1' + ''.join(str(int(r)) for r in right), 2):x}"     # a leading 1 keeps zeros
+
+
+def unpack(text):
+    "The list of true and false again"
+    return [c == "1" for c in f"{int(text, 16):b}"[1:]]
+
+
+@torch.no_grad()
+def nats_an_answer(model, r, size): # a PEFT model, its Rollouts, rows at a time -> one number each
+    "KL(policy || base) along each answer, exact at every place"
+    nats = []
+    for i in range(0, len(r), size):
+        q = r[list(range(i, min(i + size, len(r))))]
+        args = q.ids, q.mask, q.prompt_len
+        logp = vocab_logprobs(model, *args)
+        with reference(model): ref = vocab_logprobs(model, *args)
+        nats += (kl_per_token(logp, ref) * q.completion_mask).sum(1).tolist()
+    return nats
 
 
 def about(): # what numbers depend on

@@ -22,13 +22,12 @@ import torch
 from peft import get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from pieces import Work, about
+from pieces import Work, about, nats_an_answer
 from transformer2_nbdev import lab
 from transformer2_nbdev.adapter import SvfConfig
 from transformer2_nbdev.evaluate import evaluate, write_atomic
-from transformer2_nbdev.reinforce import (Diverged, ReinforceConfig, kl_per_token, reference,
-                                          train_expert)
-from transformer2_nbdev.rollout import rollout, vocab_logprobs
+from transformer2_nbdev.reinforce import Diverged, ReinforceConfig, train_expert
+from transformer2_nbdev.rollout import rollout
 from transformer2_nbdev.tasks import Task
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -73,14 +72,7 @@ def sampled(model, tok, task, n):
     r = rollout(model, tok, task, task.examples("test")[:n], seed=1, batch_size=192)
     honest = lab.load("A")[2]["math"] if task.name == "generous" else task
     verdicts = [honest.judge(t, e) for t, e in zip(r.texts, r.examples)]
-    nats = []
-    with torch.no_grad():
-        for i in range(0, len(r), 96):
-            q = r[list(range(i, min(i + 96, len(r))))]
-            args = q.ids, q.mask, q.prompt_len
-            logp = vocab_logprobs(model, *args)
-            with reference(model): ref = vocab_logprobs(model, *args)
-            nats += (kl_per_token(logp, ref) * q.completion_mask).sum(1).tolist()
+    nats = nats_an_answer(model, r, 96)
     return dict(reward=r.rewards.mean().item(), right=sum(v.correct for v in verdicts), n=len(r),
                 nats=statistics.mean(nats), tokens=r.lengths.float().mean().item())
 

@@ -15,6 +15,7 @@ from transformer2_nbdev.svf import compose
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 import baselines, why as benchmark
+from pieces import pack, unpack
 RECORD, SHARED = (json.loads((BENCHMARKS / "results" / f).read_text())
                   for f in ("why.json", "baselines.json"))
 SHAPES = [(8, 12), (12, 8), (10, 10)]                                   # left, right, square
@@ -174,7 +175,7 @@ def test_a_record_counts_what_its_answers_say():
     for r in RUNS:
         assert set(r["correct"]) == set(baselines.TESTED)
         for t, n in r["correct"].items():
-            answers = baselines.unbits(r["bits"][t])
+            answers = unpack(r["bits"][t])
             assert len(answers) == baselines.LIMIT and sum(answers) == n
 
 
@@ -216,8 +217,7 @@ def test_the_better_rate_is_the_smallest_that_is_no_worse():
 
 
 def bits_of(answers):
-    class Result: items = [dict(correct=bool(a)) for a in answers]
-    return dict(t=baselines.bits(Result))
+    return dict(t=pack(answers))
 
 
 def test_a_contrast_counts_seeds_and_questions():

@@ -7,13 +7,14 @@ __all__ = ['LAB', 'wilson', 'mcnemar', 'bootstrap', 'item_id', 'items_digest', '
            'make_result', 'write_atomic', 'append_lines', 'save', 'is_part', 'sweep_up', 'check_writable', 'load',
            'fingerprint', 'batches_of', 'batch_seed', 'mixed', 'answer_batch', 'check_settings', 'read_partial',
            'settings_of', 'run_facts', 'versions', 'peak_memory', 'evaluate', 'plot_accuracy', 'plot_paired',
-           'student_t', 'Summary', 'summarise', 'stretch', 'hierarchical', 'base_name', 'licence_of', 'stated_licence',
-           'cached_folder', 'look_up', 'score_table', 'caution', 'load_lines', 'fact_lines', 'model_card']
+           'student_inside', 'student_t', 'Summary', 'summarise', 'stretch', 'hierarchical', 'base_name', 'licence_of',
+           'stated_licence', 'cached_folder', 'look_up', 'score_table', 'caution', 'load_lines', 'fact_lines',
+           'model_card']
 
 # %% ../nbs/08_evaluate.ipynb #6c58ccff
 import hashlib, json, math, os, platform, random, re, shlex, shutil, sys, time
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from math import comb
 from pathlib import Path
@@ -483,17 +484,19 @@ def plot_paired(base, others: dict, ax=None): # Result, {name: Result}; returns 
     return ax
 
 # %% ../nbs/08_evaluate.ipynb #7c4f600a
-def student_t(confidence: float, df: int) -> float:
-    "Two-sided quantile of Student's t distribution, by integrating its density and bisecting."
-    scale = math.exp(math.lgamma((df + 1) / 2) - math.lgamma(df / 2)) / math.sqrt(df * math.pi)
-    def inside(t): # P(|T| < t), with t = sqrt(df) tan(angle) to keep the range finite
-        angles = np.linspace(0, math.atan(t / math.sqrt(df)), 2001)
-        y = np.cos(angles) ** (df - 1)
-        return 2 * scale * math.sqrt(df) * (y.sum() - (y[0] + y[-1]) / 2) * angles[1]
+def student_inside(t: float, df: float) -> float:
+    "P(|T| < t) of Student's t distribution, by integrating its density"
+    scale = math.exp(math.lgamma((df + 1) / 2) - math.lgamma(df / 2)) / math.sqrt(math.pi)
+    angles = np.linspace(0, math.atan(t / math.sqrt(df)), 2001) # t = sqrt(df) tan(angle): finite
+    y = np.cos(angles) ** (df - 1)
+    return 2 * scale * float((y.sum() - (y[0] + y[-1]) / 2) * angles[1])
+
+def student_t(confidence: float, df: float) -> float:
+    "Its two-sided quantile, by bisecting"
     low, high = 0., 1e6
     for _ in range(100):
         mid = (low + high) / 2
-        low, high = (mid, high) if inside(mid) < confidence else (low, mid)
+        low, high = (mid, high) if student_inside(mid, df) < confidence else (low, mid)
     return low
 
 # %% ../nbs/08_evaluate.ipynb #1f591248

@@ -11,7 +11,7 @@ from peft import PeftModel, get_peft_model
 from torch import nn
 from torch.nn import functional as F
 
-from .adapter import SvfConfig, make_basis, svf_layers, weight_of, zs
+from .adapter import SvfConfig, svf_layers, zs
 from .svd import decompose
 
 # %% ../nbs/14_transfer.ipynb #9e425775
