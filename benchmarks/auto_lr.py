@@ -3,7 +3,7 @@
     math, code   lab base A, 667k parameters: 20 steps of 128 answers
     dog          stories260k, "the story mentions a dog": 20 steps of 64 stories of 48 tokens
     dispatch     SmolLM2-135M-Instruct, "which teacher should answer: math, code or science?": three
-                 example turns as messages, questions of GSM8K, MBPP and ARC, 4 steps of 48 answers
+                 example turns as messages, questions of GSM8K, MBPP and ARC, 16 steps of 48 answers
 
 The same command and the same defaults everywhere but for `lr`, the number of steps and the size of
 a batch. The z of the last step is what is measured, so that nothing is chosen on a validation. On
@@ -36,7 +36,7 @@ RATES = dict(math=("auto", 3e-3, 1e-2, 3e-2), code=("auto", 3e-3, 1e-2, 3e-2),
 SETTINGS = dict(math=dict(steps=20, batch_size=128, rollout_batch=128),
                 code=dict(steps=20, batch_size=128, rollout_batch=128),
                 dog=dict(steps=20, batch_size=64),
-                dispatch=dict(steps=4, batch_size=48, rollout_batch=24))
+                dispatch=dict(steps=16, batch_size=48, rollout_batch=24))
 SIZES = dict(math=501, code=501, dog=192, dispatch=48)       # test questions that are sampled
 CHAT = dict(model=None, cache=None)                          # folders, from the command line
 
