@@ -6,7 +6,7 @@
     python benchmarks/gpu.py learn --model FOLDER --data-dir D     a real small model on GSM8K,
                                        ARC-Easy and MBPP, SVF and LoRA, three seeds
 
-Every stage writes benchmarks/results/gpu-STAGE[...].json with the device's name. `--tiny` shrinks
+Every stage writes transformer2_nbdev/data/records/gpu-STAGE[...].json with the device's name. `--tiny` shrinks
 the shapes, so that a CPU runs a stage in seconds (for the tests: its times mean nothing).
 `--cap 16` makes a larger card answer like one of 16 GB. A stage starts no new work when
 `--minutes` are over; `learn` goes on where it stopped, from the pieces in runs/gpu-learn.
@@ -20,7 +20,7 @@ from torch import nn
 from torch.nn import functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from pieces import Work, about
+from pieces import RECORDS, Work, about
 
 from transformer2_nbdev import adapter, scale
 from transformer2_nbdev.fused import fused
@@ -29,7 +29,6 @@ from transformer2_nbdev.rollout import Rollouts
 from transformer2_nbdev.svd import Factors, decompose, side_of
 from transformer2_nbdev.svf import compose, linear_shapes
 
-RESULTS = Path(__file__).resolve().parent / "results"
 TINY = dict(model_type="llama", vocab_size=64, hidden_size=32, intermediate_size=64,
             num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
 
@@ -317,7 +316,7 @@ def main(a):
     r |= STAGES[a.stage](a) | dict(minutes=round((time.monotonic() - began) / 60, 2))
     words = ["gpu", a.stage, f"{a.bits}bit" if a.stage == "step" and a.bits < 16 else "",
              f"cap{a.cap:g}" if a.cap else "", "tiny" if a.tiny else ""]
-    out = Path(a.out) if a.out else RESULTS / f"{'-'.join(filter(None, words))}.json"
+    out = Path(a.out) if a.out else RECORDS / f"{'-'.join(filter(None, words))}.json"
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(r, indent=1) + "\n")
     return r

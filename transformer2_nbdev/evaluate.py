@@ -7,9 +7,9 @@ __all__ = ['LAB', 'wilson', 'mcnemar', 'bootstrap', 'item_id', 'items_digest', '
            'make_result', 'write_atomic', 'append_lines', 'save', 'is_part', 'sweep_up', 'check_writable', 'load',
            'fingerprint', 'batches_of', 'batch_seed', 'mixed', 'answer_batch', 'check_settings', 'read_partial',
            'settings_of', 'run_facts', 'versions', 'peak_memory', 'evaluate', 'plot_accuracy', 'plot_paired',
-           'student_inside', 'student_t', 'Summary', 'summarise', 'stretch', 'hierarchical', 'base_name', 'licence_of',
-           'stated_licence', 'cached_folder', 'look_up', 'score_table', 'caution', 'load_lines', 'fact_lines',
-           'model_card']
+           'student_inside', 'student_t', 'Summary', 'summarise', 'stretch', 'hierarchical', 'pack', 'unpack',
+           'base_name', 'licence_of', 'stated_licence', 'cached_folder', 'look_up', 'score_table', 'caution',
+           'load_lines', 'fact_lines', 'model_card']
 
 # %% ../nbs/08_evaluate.ipynb #6c58ccff
 import hashlib, json, math, os, platform, random, re, shlex, shutil, sys, time
@@ -577,8 +577,18 @@ def hierarchical(runs: dict,           # {method: S rows of n right or wrong, on
         return Paired(float(D.mean()), low, high, p, n, int((D > 0).sum()), int((D < 0).sum()))
     return {m: versus(x - X[against]) for m, x in X.items() if m != against}
 
+# %% ../nbs/08_evaluate.ipynb #59b26df7
+def pack(answers: list) -> str: # items of a Result, or right and wrong -> hex
+    "Which questions were answered rightly, in one bit each"
+    right = (a["correct"] if isinstance(a, dict) else a for a in answers)
+    return f"{int('1' + ''.join(str(int(r)) for r in right), 2):x}"     # a leading 1 keeps zeros
+
+def unpack(text: str) -> list[bool]:
+    "The right and wrong of `pack`"
+    return [c == "1" for c in f"{int(text, 16):b}"[1:]]
+
 # %% ../nbs/08_evaluate.ipynb #6699db54
-LAB = Path(transformer2_nbdev.__file__).resolve().parent / "data" / "lab"
+LAB = transformer2_nbdev.shipped("lab")
 
 def base_name(model: torch.nn.Module) -> str | None: # hub id, folder or "lab:A"; None: it has none
     "What the base can be loaded by"
