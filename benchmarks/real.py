@@ -20,9 +20,9 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from pieces import Work, about, nats_an_answer, pack
+from pieces import RECORDS, Work, about, nats_an_answer
 from transformer2_nbdev import real
-from transformer2_nbdev.evaluate import evaluate, write_atomic
+from transformer2_nbdev.evaluate import evaluate, pack, write_atomic
 from transformer2_nbdev.fewshot import FewShot, draw_shots
 from transformer2_nbdev.prompt import Dispatch
 from transformer2_nbdev.rollout import rollout
@@ -108,7 +108,7 @@ def main():
     p.add_argument("--experts", nargs="*", default=[], metavar="NAME=FOLDER")
     p.add_argument("--only", nargs="+", choices=["base", "experts", "adapt", "far"])
     p.add_argument("--seeds", nargs="+", type=int, default=[0])
-    p.add_argument("--out", default=str(ROOT / "benchmarks" / "results" / "real.json"))
+    p.add_argument("--out", default=str(RECORDS / "real.json"))
     a = p.parse_args()
     torch.set_num_threads(1)
     work, experts = Work(a.work), dict(e.split("=") for e in a.experts)
