@@ -3,9 +3,9 @@
 What SmolLM2-135M-Instruct answers to the tasks of room 20, as it is and with its experts, greedily:
 
     real.dispatch         test (90 questions of the three training sets), transfer (300 unseen)
-    real.arc              test, the first 384
-    real.arc_challenge    test, the first 384: unseen
-    real.gsm8k            test, the first 96
+    real.arc              test, the first 256
+    real.arc_challenge    test, the first 256: unseen
+    real.gsm8k            test, the first 48
 
 and then, for the unseen ARC-Challenge, which expert each way of adapting chooses (prompt,
 classifier, few-shot over ten training questions), and what the chosen ones answer. Experts are
@@ -31,7 +31,7 @@ from transformer2_nbdev.tasks import get_task
 ROOT = Path(__file__).resolve().parent.parent
 DATA = Path(os.environ.get("TRANSFORMER2_DATA") or ROOT.parent / "shared" / "data")
 ASKED = [("real.dispatch", "test", 90), ("real.dispatch", "transfer", 300),
-         ("real.arc", "test", 384), ("real.arc_challenge", "test", 384), ("real.gsm8k", "test", 96)]
+         ("real.arc", "test", 256), ("real.arc_challenge", "test", 256), ("real.gsm8k", "test", 48)]
 OF = dict(dispatch=("real.dispatch",), arc=("real.arc", "real.arc_challenge"),
           gsm8k=("real.gsm8k",))
 SIZE = 48                                    # answers at a time
