@@ -1,8 +1,9 @@
 __version__ = "0.1.0"
 
-# Two things live here because every room may need them and neither brings in torch or PEFT: a progress bar, and SVF's registration
-# with PEFT. (nbdev_export rewrites the version line above and leaves the rest alone.)
-import functools as _functools, importlib as _importlib, io as _io, os as _os, sys as _sys, time as _time
+# Three things live here because every room may need them and none brings in torch or PEFT: a progress bar, the way to show an error,
+# and SVF's registration with PEFT. (nbdev_export rewrites the version line above and leaves the rest alone.)
+import contextlib as _contextlib, functools as _functools, importlib as _importlib, io as _io, os as _os, re as _re, sys as _sys
+import tempfile as _tempfile, time as _time
 from importlib.abc import MetaPathFinder as _MetaPathFinder
 
 
@@ -54,6 +55,23 @@ def _line_a_minute():
             left = (d["total"] - d["n"]) * d["elapsed"] / (d["n"] - d["initial"])
             return f"{done}, {gone} gone, {self.format_interval(left)} left" + (f", {d['postfix']}" if d["postfix"] else "")
     return LineAMinute
+
+
+# Errors as documentation ---------------------------------------------------------------------------------------------------------
+
+@_contextlib.contextmanager
+def expect_fail(kind,        # the exception that the block must raise, or several
+                contains="", # a part of its message
+                hide=None):  # {text: what to print in its place}; None: a temporary folder is printed as FOLDER
+    "Run a block that must raise `kind`, and print the line that a user would read; AssertionError where it does not"
+    try: yield
+    except kind as e:
+        if contains not in str(e): raise AssertionError(f"{contains!r} is not in the message: {e}") from e
+        line = f"{type(e).__name__}: {e}"
+        for text, shown in (hide or {}).items(): line = line.replace(text, shown)
+        if hide is None: line = _re.sub(_re.escape(_tempfile.gettempdir()) + r"/\w+", "FOLDER", line)
+        print(line)
+    else: raise AssertionError(f"{kind} was expected, and nothing was raised")
 
 
 # Registration --------------------------------------------------------------------------------------------------------------------

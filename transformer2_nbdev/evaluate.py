@@ -13,7 +13,7 @@ __all__ = ['LAB', 'wilson', 'mcnemar', 'bootstrap', 'item_id', 'items_digest', '
 
 # %% ../nbs/08_evaluate.ipynb #6c58ccff
 import hashlib, json, math, os, platform, random, re, shlex, shutil, sys, time
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from math import comb
