@@ -24,11 +24,12 @@ def test_the_reader_knows_nbdevs_directives():
     assert directives("#| export\nimport torch") == {"export": ""} and directives("x = 1  #| hide") == {}
     assert directives("#| echo: false\n#| fig-cap: a, b\nx") == {"echo": "false", "fig-cap": "a, b"}
     room = rooms()[0]
-    cells = ["#| default_exp a", "#| hide\nsecret = 1", "#| export\nimport re, os", "#| gpu\nassert 1", "#| echo: false\nprint()"]
+    cells = ["#| default_exp a", "#| hide\n%pip install x", "#| hide\nsecret = 1", "#| export\nimport re, os", "#| gpu\nassert 1", "#| echo: false\nprint()"]
     nb = dict(cells=[dict(cell_type="code", source=s, outputs=[]) for s in cells])
     shown = read(json.dumps(nb), room.doc).cells
-    assert [c.source for c in shown] == ["import re, os", "assert 1", "print()"]
-    assert [c.metadata.tags for c in shown] == [["exported", "hide-input"], ["gpu"], ["remove-input"]]
+    assert [c.source for c in shown] == ["secret = 1", "import re, os", "assert 1", "print()"]
+    assert [c.metadata.tags for c in shown] == [["hide-input"], ["exported", "hide-input"], ["gpu"], ["remove-input"]]
+    assert shown[0].metadata.mystnb["code_prompt_show"] == "Set-up"
 
 
 def test_callouts_the_papers_voice_and_links():
