@@ -11,7 +11,7 @@ test questions: greedy accuracy (lab, dispatch); mean reward and divergence from
 token and an answer, exact at every place) of one sampled answer each. Rates and seeds were written
 down before the first run. Finished runs are files in FOLDER, a run of the real model goes on from
 its last step, and an interrupted benchmark (`timeout -s INT 300 python ...`) goes on from there.
-The record is benchmarks/results/auto-lr.json. The real model is a folder named by --chat.
+The record is transformer2_nbdev/data/records/auto-lr.json. The real model is a folder named by --chat.
 """
 import argparse, json, os, random, statistics
 from functools import cache
@@ -21,10 +21,10 @@ import torch
 from peft import get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from pieces import Work, about, nats_an_answer, pack
+from pieces import RECORDS, Work, about, nats_an_answer
 from transformer2_nbdev import lab
 from transformer2_nbdev.adapter import SvfConfig
-from transformer2_nbdev.evaluate import evaluate, write_atomic
+from transformer2_nbdev.evaluate import evaluate, pack, write_atomic
 from transformer2_nbdev.reinforce import Diverged, ReinforceConfig, train_expert
 from transformer2_nbdev.rollout import rollout
 from transformer2_nbdev.tasks import Task
@@ -145,7 +145,7 @@ def main():
     p.add_argument("--rates", nargs="+", help="only these")
     p.add_argument("--chat", help="folder of SmolLM2-135M-Instruct, for dispatch")
     p.add_argument("--cache", help="folder for its decompositions")
-    p.add_argument("--out", default=str(ROOT / "benchmarks" / "results" / "auto-lr.json"))
+    p.add_argument("--out", default=str(RECORDS / "auto-lr.json"))
     a = p.parse_args()
     torch.set_num_threads(1)
     CHAT.update(model=a.chat, cache=a.cache)

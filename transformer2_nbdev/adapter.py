@@ -745,7 +745,8 @@ def check_at_hand(model: nn.Module) -> None:
     "Refuse an offloaded base whose weights nobody fetches any more"
     where = {n: str(d) for n, d in (getattr(model, "hf_device_map", None) or {}).items()}
     alone = set(where.values()) <= {"cpu", "disk"}                # no accelerator: cpu is home
-    away = tuple(f"{n}." for n, d in where.items() if d in (("disk",) if alone else ("disk", "cpu")))
+    places = ("disk",) if alone else ("disk", "cpu")
+    away = tuple(f"{n}." for n, d in where.items() if d in places)
     for n, m in model.named_modules():
         if not f"{n}.".startswith(away) or not isinstance(m, nn.Linear): continue
         if getattr(getattr(m, "_hf_hook", None), "offload", False): return
