@@ -90,7 +90,7 @@ def run(path: Path, flags: set, clone: bool = True) -> str: # clone: import the 
 
     shell, start = CaptureShell(path, mpl_format="png"), time.time()
     shell._run(f"import matplotlib; matplotlib.rcParams['figure.dpi'] = {DPI}; matplotlib.rcParams['savefig.dpi'] = 'figure'; del matplotlib")
-    shell._run("set_matplotlib_formats('png', pil_kwargs={'optimize': True})")
+    shell._run("set_matplotlib_formats('retina', pil_kwargs={'optimize': True})")   # two pixels a point, shown at the size asked for
     if clone: sys.path.insert(0, str(ROOT))
     else: not_the_clone()
     os.chdir(path.parent)
