@@ -178,7 +178,7 @@ def markdown(text: str, room: Room, known: dict) -> str:
         if (folder / (m[2] + m[3])).exists(): return m[0]       # as it is written
         if m[3] == "index.ipynb": return f"[{m[1]}]({'../' if room else ''}index.ipynb{m[4] or ''})"
         return f"[{m[1]}]({here}{m[3]}{m[4] or ''})" if (ROOT / "nbs" / m[3]).exists() else m[1]
-    text = RE_ROOM_LINK.sub(room_link, RE_CALLOUT.sub(callout, text))
+    text = RE_ROOM_LINK.sub(room_link, RE_CALLOUT.sub(callout, text)).replace('src="docs/_static/', 'src="_static/')
     return link_names(RE_PAPER.sub("{.paper-says}\n", text) if not text.startswith("# ") else text, room, known)
 
 
