@@ -31,7 +31,7 @@ versions stand beside it, under `before`.
 """
 import argparse, json, math, random, resource, statistics, subprocess, sys, time
 from dataclasses import replace
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 
 import torch, transformers
@@ -67,7 +67,7 @@ def gather(makes):
     return out
 
 
-@lru_cache(maxsize=None)
+@cache
 def measured():
     "(old text, {matrix: its SVD}) beside baselines.world(); made once a process"
     tok, _, base, _ = world()

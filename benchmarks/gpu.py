@@ -13,6 +13,7 @@ the shapes, so that a CPU runs a stage in seconds (for the tests: its times mean
 """
 import argparse, json, statistics, sys, time
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -47,7 +48,7 @@ def clock(device):
 def timed(f, device, repeats=3):
     "Median seconds of a call, after one for nothing"
     seen = []
-    for i in range(repeats + 1):
+    for _ in range(repeats + 1):
         began = clock(device); f(); seen.append(clock(device) - began)
     return statistics.median(seen[1:])
 
@@ -209,7 +210,8 @@ def steps(a):
                 base.gradient_checkpointing_enable(dict(use_reentrant=False))
             if a.device == "cuda": torch.cuda.reset_peak_memory_stats()
             learned = sum(p.numel() for p in model.parameters() if p.requires_grad)
-            rows[name] = dict(seconds=timed(lambda: one_step(model, name, a), a.device),
+            step = partial(one_step, model, name, a)
+            rows[name] = dict(seconds=timed(step, a.device),
                               peak=peak(a.device), learned=learned)
         except RuntimeError as e:
             if not out_of_memory(e): raise

@@ -177,7 +177,7 @@ def plan(base, name, seed):
     return stages
 
 
-def opened(base, seed, name, found=[]):
+def opened(base, seed, name, found=[]):  # noqa: B006  (a cache of one)
     "A model with its experts, a task and its shots; the last one is kept"
     if not found or found[0] != (base, seed, name):
         model, tok, tasks = lab.load(base)

@@ -1,6 +1,5 @@
 """The main job on a real checkpoint: an expert that tells stories about dogs, trained by the command line on a 260K-parameter Llama that others trained."""
 import json, os, subprocess, sys
-from pathlib import Path
 
 import pytest
 import torch

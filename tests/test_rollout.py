@@ -1,6 +1,5 @@
 "Rollouts against hostile tokenizers, models and callers, and against the real checkpoint stories260k."
-import json, math, os
-from pathlib import Path
+import json, math
 
 import pytest
 import torch

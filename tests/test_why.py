@@ -1,5 +1,5 @@
 """What a reader of room 16 need not see: exact splits, starts, gradients, records."""
-import json, sys
+import sys
 from collections import OrderedDict
 from pathlib import Path
 

@@ -41,7 +41,7 @@ def progress_bar(iterable=None,
                  delay=2,         # seconds before a bar appears, so that quick work shows none
                  disable=False,
                  **more):         # of tqdm: initial, leave, ...
-    "A tqdm bar with the time left where people look, one line a minute where no terminal is; $TQDM_DISABLE hides both"
+    "A tqdm bar where people look, one line a minute where no terminal is; $TQDM_DISABLE hides both"
     from tqdm.auto import tqdm
     people = getattr(_sys.stderr, "isatty", bool)() or "ipykernel" in _sys.modules
     make = tqdm if people else _line_a_minute()
@@ -58,7 +58,7 @@ def _line_a_minute():
         every = 60  # seconds
 
         def __init__(self, *args, **kwargs):
-            super().__init__(*args, **kwargs, file=_io.StringIO())  # what tqdm itself would draw goes nowhere
+            super().__init__(*args, **kwargs, file=_io.StringIO())  # tqdm's drawing goes nowhere
 
         def display(self, msg=None, pos=None):
             now = _time.time()
@@ -86,10 +86,10 @@ def _line_a_minute():
 
 
 # Registration ------------------------------------------------------------------------------------
-# Where PEFT is loaded already SVF is registered at once, otherwise as soon as something imports PEFT.
+# Where PEFT is loaded already SVF is registered at once, else as soon as something imports PEFT.
 
 class _WithPeft(_MetaPathFinder):
-    "Finds nothing itself: what the other finders find for `peft` is made to import `adapter` after it has run."
+    "Finds nothing itself: what others find for `peft` is made to import `adapter` when it has run."
     def find_spec(self, name, path=None, target=None):
         if name != "peft": return None
         found = (f.find_spec(name, path, target) for f in _sys.meta_path

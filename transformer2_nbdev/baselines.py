@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['RATES', 'BUDGET', 'TESTED', 'LIMIT', 'KL_PROMPTS', 'CHOOSE', 'VERDICT', 'LOSSES', 'COMPARED', 'METHODS', 'validation',
-           'chosen', 'names_of', 'from_config', 'lora', 'ia3', 'fresh', 'world', 'fit', 'ask', 'student_p', 'contrast']
+           'chosen', 'names_of', 'from_config', 'lora_config', 'ia3_config', 'fresh', 'world', 'fit', 'ask',
+           'student_p', 'contrast']
 
 # %% ../nbs/15_baselines.ipynb #d3a7c83e
-import math, random, statistics
+import math, statistics
 from collections.abc import Callable
-from functools import lru_cache
+from functools import cache
 
 import numpy as np, torch
 from peft import IA3Config, LNTuningConfig, LoraConfig, PeftModel, get_peft_model
@@ -53,28 +54,29 @@ def from_config(make: Callable) -> Callable: # make: names -> PEFT config
     "A method from a PEFT config: bare model -> PEFT model"
     return lambda model, modules="all-linear": get_peft_model(model, make(names_of(model, modules)))
 
-def lora(names: list, r: int) -> LoraConfig: # alpha is twice the rank, as in the paper
+def lora_config(names: list, r: int) -> LoraConfig: # alpha is twice the rank, as in the paper
     return LoraConfig(target_modules=names, task_type="CAUSAL_LM", r=r, lora_alpha=2 * r)
 
-def ia3(names: list) -> IA3Config: # inputs of the MLP, outputs of the rest
+def ia3_config(names: list) -> IA3Config: # inputs of the MLP, outputs of the rest
     feedforward = [n for n in names if is_target(n, "mlp")]
     return IA3Config(target_modules=names, feedforward_modules=feedforward)
 
 # %% ../nbs/15_baselines.ipynb #8324ce18
 METHODS = {                  # name: (bare model -> PEFT model, the middle of its first three rates)
     "SVF":      (from_config(lambda names: SvfConfig(target_modules=names)), 1e-2),
-    "LoRA r1":  (from_config(lambda names: lora(names, 1)), 3e-3),
-    "LoRA r16": (from_config(lambda names: lora(names, 16)), 1e-3),
-    "IA3":      (from_config(ia3), 3e-2),
+    "LoRA r1":  (from_config(lambda names: lora_config(names, 1)), 3e-3),
+    "LoRA r16": (from_config(lambda names: lora_config(names, 16)), 1e-3),
+    "IA3":      (from_config(ia3_config), 3e-2),
     "full":     (from_config(lambda names: LNTuningConfig(target_modules=names)), 3e-4)} # copies
 
-def fresh(method: str, seed: int, modules: str = "all-linear", methods: dict = METHODS) -> PeftModel:
+def fresh(method: str, seed: int, modules: str = "all-linear",
+          methods: dict = METHODS) -> PeftModel:
     "The lab's base with an untrained adapter"
     torch.manual_seed(seed)
     return methods[method][0](lab.load("A")[0], modules)
 
 # %% ../nbs/15_baselines.ipynb #b1fa853d
-@lru_cache(maxsize=None)
+@cache
 def world() -> tuple: # (tokenizer, tasks, base, its answers to KL_PROMPTS test prompts)
     "The lab's base and what it answers at temperature 1"
     base, tok, tasks = lab.load("A")
@@ -85,7 +87,7 @@ def world() -> tuple: # (tokenizer, tasks, base, its answers to KL_PROMPTS test 
 def fit(model: PeftModel, task: Task, loss: str, lr: float, seed: int,
         last: bool = False,  # keep the last step, not the best on validation
         **kw                 # of ReinforceConfig, over BUDGET
-       ) -> tuple:           # (validation accuracy of the kept step, that step); Nones if it diverged
+       ) -> tuple:           # (validation accuracy, kept step); (None, None) if it diverged
     "Train in place, from rewards or on the tokens of gold answers"
     steps, run = iter(range(10 ** 6)), train_expert if loss == "rewards" else sft
     config = ReinforceConfig(**BUDGET | dict(lr=lr, seed=seed) | kw)

@@ -1002,7 +1002,9 @@ def rows_of(results: dict) -> list[tuple]: # (task, model, n, accuracy, differen
         for name, r in by.items():
             who = f"{name} expert" if name in lab.KINDS else name
             row = (task, who, str(r.n), show("{:.1f} ({:.1f} to {:.1f})", r.acc, r.low, r.high))
-            if name == "base": rows.append((*row, "", "")); continue
+            if name == "base":
+                rows.append((*row, "", ""))
+                continue
             d = paired(by["base"], r)
             more = show("{:+.1f} ({:+.1f} to {:+.1f})", d.diff, d.low, d.high)
             rows.append((*row, more, f"{d.p:.1g}"))

@@ -9,8 +9,8 @@ __all__ = ['Split', 'usv', 'split', 'Reparametrised', 'reparametrise', 'volume',
 
 # %% ../nbs/16_why.ipynb #c5cf3864
 import copy
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Callable
 
 import torch
 from peft import LNTuningConfig, PeftModel, get_peft_model
@@ -21,8 +21,7 @@ from torch.nn import functional as F
 
 from . import baselines, lab
 from .adapter import SvfConfig, resolve_targets
-from .reinforce import kl_per_token
-from .rollout import Rollouts, vocab_logprobs
+from .rollout import Rollouts, kl_per_token, vocab_logprobs
 from .svd import decompose
 from .svf import compose
 
