@@ -45,7 +45,7 @@ def texts(name: str,            # a data set of room 19
     said = (e.get("question") or e["prompt"] for s in splits for e in task.examples(s))
     return sorted(q for q in said if len(q) < longest)
 
-# %% ../nbs/20_real.ipynb #10e244ba
+# %% ../nbs/20_real.ipynb #e13a2240
 SUBJECTS = dict(math=("gsm8k", ("train", "validation")), code=("mbpp", ("all",)),
                 science=("arc_easy", ("train", "validation")))
 UNSEEN = dict(math=("gsm8k", ("test",), 600), code=("humaneval", ("test",), 600),
@@ -57,8 +57,11 @@ def subject_rows(data_dir: str | None, split: str) -> list[dict]: # question, go
     if split not in ("transfer", *PARTS):
         raise ValueError(f"no split {split!r}; there are {', '.join([*PARTS, 'transfer'])}")
     sources, n = (UNSEEN, 100) if split == "transfer" else (SUBJECTS, 260)
-    picked = {k: Random(0).sample(texts(name, data_dir, *how), n)[PARTS.get(split, slice(n))]
-              for k, (name, *how) in sources.items()}
+    part, picked = PARTS.get(split, slice(n)), {}
+    for subject, (name, *how) in sources.items():
+        drawn = Random(0).sample(texts(name, data_dir, *how), n)
+        before = drawn[:part.start or 0]             # MBPP holds some questions twice
+        picked[subject] = [q for q in drawn[part] if q not in before]
     return [dict(question=q, gold=k) for row in zip(*picked.values()) for k, q in zip(picked, row)]
 
 # %% ../nbs/20_real.ipynb #453be7a0
@@ -94,9 +97,11 @@ def read_teacher(text: str, labels: list[str]) -> str | None:
     "The teacher an answer names; None: it names none"
     return plain(text) if plain(text) in labels else None
 
-# %% ../nbs/20_real.ipynb #854c3a9f
+# %% ../nbs/20_real.ipynb #d69b8acd
 def short(e: dict) -> bool:
-    return len(e["texts"]) == 4 and max(map(len, e["texts"])) < 32 and len(e["question"]) < 160
+    "Four choices, told apart without capitals, and little to read"
+    four = len(e["texts"]) == len({plain(t) for t in e["texts"]}) == 4
+    return four and max(map(len, e["texts"])) < 32 and len(e["question"]) < 160
 
 def gold_text(e: dict) -> str: return e["texts"][e["labels"].index(e["gold"])]
 
