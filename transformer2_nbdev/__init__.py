@@ -101,7 +101,8 @@ def expect_fail(kind,        # the exception that the block must raise, or sever
             raise AssertionError(f"{contains!r} is not in the message: {e}") from e
         line = f"{type(e).__name__}: {e}"
         for text, shown in (hide or {}).items(): line = line.replace(text, shown)
-        if hide is None: line = _re.sub(_re.escape(_tempfile.gettempdir()) + r"/\w+", "FOLDER", line)
+        temporary = _re.escape(_tempfile.gettempdir()) + r"/\w+"
+        if hide is None: line = _re.sub(temporary, "FOLDER", line)
         print(line)
     else: raise AssertionError(f"{kind} was expected, and nothing was raised")
 
