@@ -76,7 +76,7 @@ def test_what_ships_is_found_by_name():
     from transformer2_nbdev import record, shipped
     for path in shipped("records").glob("*.json"):
         assert isinstance(record(path.stem), dict), path.name
-    for name in ("nothing", "records/nothing.json", "../__init__.py", "../data"):
+    for name in ("nothing", "records/nothing.json", "../__init__.py"):
         with pytest.raises(ValueError, match="no data .* ships with this package: there is"):
             shipped(name)
     with pytest.raises(ValueError, match="records/svd.json"): record("nothing")

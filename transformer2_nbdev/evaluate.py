@@ -383,8 +383,7 @@ def peak_memory(device: torch.device) -> int: # MB: of the GPU if there is one, 
 def evaluate(
     model, tokenizer, task: Task,
     strategy=None,                      # prompts -> weights (B, K) of experts; None: the model
-    split: str = "test",
-    limit: int = None,                  # only the first `limit` questions
+    split: str = "test", limit: int = None,     # only the first `limit` questions
     batch_size: int = 64,
     temperature: float = 0.,            # 0 is greedy
     seed: int = 0,                      # of the samples, where temperature > 0
@@ -396,23 +395,19 @@ def evaluate(
     progress: bool = True,
 ) -> Result:
     "Accuracy of a model on a task, with its interval and one record for each question."
-    began, examples = time.perf_counter(), list(task.examples(split))[:limit]
-    if not examples:
-        few = f" (limit={limit})" if limit is not None else ""
-        raise ValueError(f"task {task.name!r} has no examples in split {split!r}{few}")
-    prompts = [task.prompt(e) for e in examples]
-    batches = batches_of(prompts, batch_size)
+    began, examples = time.perf_counter(), _questions(task, split, limit)
+    batches = batches_of(prompts := [task.prompt(e) for e in examples], batch_size)
     settings = settings_of(model, tokenizer, task, prompts, strategy, split, batch_size,
                            temperature, top_p, top_k, seed, max_new_tokens)
     finished, done = _begin(out, settings, batches, overwrite)
     if finished: return finished
+    ask = dict(strategy=strategy, max_new_tokens=max_new_tokens, workers=workers,
+               temperature=temperature, top_p=top_p, top_k=top_k)
     resumed = len(done)
-    how = dict(temperature=temperature, top_p=top_p, top_k=top_k)
-    ask = dict(strategy=strategy, max_new_tokens=max_new_tokens, workers=workers, **how)
     for rows in _asked(model, tokenizer, task, examples, batches, done, seed, ask, progress):
         if out: _append(Path(out), rows)
-    result = make_result([done[i] for i in range(len(examples))], settings,
-                         run_facts(began, resumed, inner(model).device))
+    facts = run_facts(began, resumed, inner(model).device)
+    result = make_result([done[i] for i in range(len(examples))], settings, facts)
     if out:
         save(result, out)
         (Path(out) / "items.partial.jsonl").unlink()
@@ -438,6 +433,13 @@ def _begin(
     return None, read_partial(out, settings, batches)
 
 # %% ../nbs/08_evaluate.ipynb #22ae1285
+def _questions(task: Task, split: str, limit: int) -> list:
+    "The examples of a split, or a refusal to measure nothing"
+    examples = list(task.examples(split))[:limit]
+    if examples: return examples
+    few = f" (limit={limit})" if limit is not None else ""
+    raise ValueError(f"task {task.name!r} has no examples in split {split!r}{few}")
+
 def _asked(model, tokenizer, task, examples, batches, done, seed, ask, progress):
     "Answer the missing batches, under a bar with the accuracy so far; fill `done`, yield the rows"
     with progress_bar(total=len(examples), initial=len(done), unit="question", desc=task.name,
