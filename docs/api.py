@@ -134,7 +134,7 @@ def shown(name: str) -> str:
     book = f"[in the book]({f'#{anchor}' if anchor else f'../{room}.ipynb'}) · " if room else ""
     source = f"{book}[source]({s['git_url']}/blob/{s['branch']}/{path}#L{e.line})"
     target = f"ref-{'class-' if what[0].isupper() else ''}{where}-{what}".lower().replace("_", "-")       # Paired and paired are two
-    out = [f"({target})=\n### `{name}`", f"{e.doc}{'' if e.doc.endswith('.') else '.'} {source}"]
+    out = [f"({target})=\n### `{name}`", f"{e.doc}{'' if e.doc.endswith('.') else '.'}\n\n{{.export-bar}}\n{source}"]
     if e.params:
         code = lambda t: f"`{cell(t)}`" if t else ""
         rows = "\n".join(f"| `{p.name}` | {code(p.type)} | {code(p.default)} | {cell(about(p))} |" for p in e.params)

@@ -74,6 +74,16 @@ def test_rooms_keep_to_their_size():
                 assert len("".join(o.get("data", {}).get("image/png", ""))) * 3 // 4 < 50_000, f"{r.path.name} has a figure above 50 kB"
 
 
+def test_every_room_ends_alike():
+    "What to remember, exercises with folded answers, and a link to what comes next, which is the last thing it says."
+    for r in rooms():
+        prose = ["".join(c["source"]) for c in json.loads(r.path.read_text(encoding="utf-8"))["cells"] if c["cell_type"] == "markdown"]
+        text = "\n".join(prose)
+        assert re.search(r"^## What (to remember|we found)", text, re.M), f"{r.path.name}: what is there to remember?"
+        assert re.search(r"^#+ Exercises", text, re.M), f"{r.path.name} has no exercises"
+        assert re.search(r"^Next: .*\[[^\]]+\]\([^)]+\.ipynb\)", prose[-1], re.M), f"{r.path.name}: its last cell has to say where to go next"
+
+
 # --- the site
 
 @pytest.fixture(scope="module")
