@@ -11,7 +11,7 @@ test questions: greedy accuracy (lab, dispatch); mean reward and divergence from
 token and an answer, exact at every place) of one sampled answer each. Rates and seeds were written
 down before the first run. Finished runs are files in FOLDER, a run of the real model goes on from
 its last step, and an interrupted benchmark (`timeout -s INT 300 python ...`) goes on from there.
-The record is transformer2_nbdev/data/records/auto-lr.json. The real model is a folder named by --chat.
+The record is auto-lr.json. The real model is a folder named by --chat.
 """
 import argparse, json, os, random, statistics
 from functools import cache
