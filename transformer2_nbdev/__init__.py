@@ -1,14 +1,17 @@
 __version__ = "0.1.0"
 
-# Three things live here because every room may need them and none brings in torch or PEFT: the data
-# that ships with the package, a progress bar, and SVF's registration with PEFT.
-# (nbdev_export rewrites the version line above and leaves the rest alone.)
+# Four things live here because every room may need them and none brings in torch or PEFT: the data
+# that ships with the package, a progress bar, the way to show an error, and SVF's registration with
+# PEFT. (nbdev_export rewrites the version line above and leaves the rest alone.)
+import contextlib as _contextlib
 import functools as _functools
 import importlib as _importlib
 import io as _io
 import json as _json
 import os as _os
+import re as _re
 import sys as _sys
+import tempfile as _tempfile
 import time as _time
 from importlib.abc import MetaPathFinder as _MetaPathFinder
 from pathlib import Path as _Path
@@ -83,6 +86,25 @@ def _line_a_minute():
             more = f", {d['postfix']}" if d["postfix"] else ""
             return f"{done}, {gone} gone, {self.format_interval(left)} left{more}"
     return LineAMinute
+
+
+# Errors as documentation -------------------------------------------------------------------------
+
+@_contextlib.contextmanager
+def expect_fail(kind,        # the exception that the block must raise, or several
+                contains="", # a part of its message
+                hide=None):  # {text: what to print in its place}; None: temporary folders as FOLDER
+    "Run a block that must raise `kind`, and print the line that a user would read"
+    try: yield
+    except kind as e:
+        if contains not in str(e):
+            raise AssertionError(f"{contains!r} is not in the message: {e}") from e
+        line = f"{type(e).__name__}: {e}"
+        for text, shown in (hide or {}).items(): line = line.replace(text, shown)
+        temporary = _re.escape(_tempfile.gettempdir()) + r"/\w+"
+        if hide is None: line = _re.sub(temporary, "FOLDER", line)
+        print(line)
+    else: raise AssertionError(f"{kind} was expected, and nothing was raised")
 
 
 # Registration ------------------------------------------------------------------------------------

@@ -408,9 +408,7 @@ def evaluate(
         if out: _append(Path(out), rows)
     facts = run_facts(began, resumed, inner(model).device)
     result = make_result([done[i] for i in range(len(examples))], settings, facts)
-    if out:
-        save(result, out)
-        (Path(out) / "items.partial.jsonl").unlink()
+    if out: _end(result, Path(out))
     return result
 
 # %% ../nbs/08_evaluate.ipynb #8716e983
@@ -431,6 +429,11 @@ def _begin(
         (out / "items.partial.jsonl").unlink(missing_ok=True)    # killed just before this line
         return result, {}
     return None, read_partial(out, settings, batches)
+
+def _end(result: Result, out: Path) -> None:
+    "Write what is finished in place of its parts"
+    save(result, out)
+    (out / "items.partial.jsonl").unlink()
 
 # %% ../nbs/08_evaluate.ipynb #22ae1285
 def _questions(task: Task, split: str, limit: int) -> list:
