@@ -244,6 +244,8 @@ def code(cell: dict, room: Room) -> list:
         title = d.get("code-summary", plain).strip("\"'")
         myst["code_prompt_show"] = myst["code_prompt_hide"] = title
     if "fig-cap" in d: myst["figure"] = {"caption": d["fig-cap"].strip("\"'")}
+    widths = [w for o in outputs if (w := o.get("metadata", {}).get("image/png", {}).get("width"))]
+    if widths: myst["image"] = {"width": f"{widths[0]}px"}       # a picture has two pixels a point
     out = nbformat.v4.new_code_cell(body, metadata={"tags": tags} | ({"mystnb": myst} if myst else {}))
     out.outputs = [nbformat.from_dict(o) for o in outputs]
     return ([nbformat.v4.new_markdown_cell(bar)] if bar else []) + [out]
