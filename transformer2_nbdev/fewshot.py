@@ -568,6 +568,6 @@ def show_alphas(found: dict,         # {task: weights, (K,) or (L, K), or {exper
         at = torch.arange(len(found)) + (k - (K - 1) / 2) * .8 / K
         ax.bar(at, rows[:, k], .75 / K, label=name)
     ax.set(xticks=range(len(found)), xticklabels=list(found), ylabel="share of the mixture",
-           ylim=(0, 1), title=title)
-    ax.legend(frameon=False, fontsize=8)
+           ylim=(0, 1.15), yticks=(0, .5, 1), title=title)
+    ax.legend(frameon=False, fontsize=9, ncol=K, loc="upper right")
     return ax
