@@ -21,8 +21,8 @@ MAX_NB, MAX_FIG = 250_000, 50_000          # bytes a notebook and a figure may w
 
 
 def notebooks() -> list:
-    "Every notebook of the book in reading order, the front door first."
-    return [ROOT / "index.ipynb", *sorted((ROOT / "nbs").glob("*.ipynb"))]
+    "Every notebook of the book in order, the front door first; those that ask a real model, by name."
+    return [ROOT / "index.ipynb", *sorted((ROOT / "nbs").glob("[0-9]*.ipynb"))]
 
 
 def stable_ids(cells):
@@ -36,7 +36,7 @@ def stable_ids(cells):
         seen.add(c.setdefault("id", new))
 
 
-RE_LIBRARY_WARNING = re.compile(r"^\S*site-packages/\S+:\d+: \w*Warning: .*\n(?:[ \t]+.*\n)?", re.M)
+RE_LIBRARY_WARNING = re.compile(r"^\S*site-packages/\S+:\d+: \w*Warning: .*\n(?:[ \t]+.*\n)?|^Failed to load CPU gemm_4bit_forward.*\n?", re.M)
 
 
 def lighter(png: str) -> str: # base64, in and out
@@ -90,7 +90,7 @@ def run(path: Path, flags: set, clone: bool = True) -> str: # clone: import the 
 
     shell, start = CaptureShell(path, mpl_format="png"), time.time()
     shell._run(f"import matplotlib; matplotlib.rcParams['figure.dpi'] = {DPI}; matplotlib.rcParams['savefig.dpi'] = 'figure'; del matplotlib")
-    shell._run("set_matplotlib_formats('png', pil_kwargs={'optimize': True})")
+    shell._run("set_matplotlib_formats('retina', pil_kwargs={'optimize': True})")   # two pixels a point, shown at the size asked for
     if clone: sys.path.insert(0, str(ROOT))
     else: not_the_clone()
     os.chdir(path.parent)

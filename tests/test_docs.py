@@ -8,7 +8,8 @@ from urllib.parse import unquote, urldefrag, urlsplit
 
 import numpy as np
 import pytest
-from reader import RE_BADGE, RE_CALLOUT, callout, directives, link_names, markdown, read, rooms, tutorials
+from live import picture, turned
+from reader import RE_BADGE, RE_CALLOUT, callout, directives, link_names, markdown, read, rooms, start, tutorials
 from readme import readme
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -59,7 +60,7 @@ def test_the_readme_follows_the_front_door():
 
 
 def test_a_notebook_carries_its_own_button():
-    for r in rooms() + tutorials():
+    for r in [start(), *rooms(), *tutorials()]:
         prose = "\n".join("".join(c["source"]) for c in json.loads(r.path.read_text(encoding="utf-8"))["cells"] if c["cell_type"] == "markdown")
         assert [m[1] for m in RE_BADGE.finditer(prose)] == [r.colab], r.path.name
 
@@ -71,6 +72,16 @@ def test_rooms_keep_to_their_size():
             for o in c.get("outputs", []):
                 assert o["output_type"] != "error", f"{r.path.name} shows an error"
                 assert len("".join(o.get("data", {}).get("image/png", ""))) * 3 // 4 < 50_000, f"{r.path.name} has a figure above 50 kB"
+
+
+def test_every_room_ends_alike():
+    "What to remember, exercises with folded answers, and a link to what comes next, which is the last thing it says."
+    for r in rooms():
+        prose = ["".join(c["source"]) for c in json.loads(r.path.read_text(encoding="utf-8"))["cells"] if c["cell_type"] == "markdown"]
+        text = "\n".join(prose)
+        assert re.search(r"^## What (to remember|we found)", text, re.M), f"{r.path.name}: what is there to remember?"
+        assert re.search(r"^#+ Exercises", text, re.M), f"{r.path.name} has no exercises"
+        assert re.search(r"^Next: .*\[[^\]]+\]\([^)]+\.ipynb\)", prose[-1], re.M), f"{r.path.name}: its last cell has to say where to go next"
 
 
 # --- the site
@@ -92,9 +103,9 @@ def pages(site: Path) -> list:
 
 
 def test_every_room_has_a_page(site):
-    missing = {"index.html", "docs/reference.html", *(f"{r.doc}.html" for r in rooms() + tutorials())} - set(pages(site))
+    missing = {"index.html", "docs/reference.html", "docs/internals.html", *(f"{r.doc}.html" for r in [start(), *rooms(), *tutorials()])} - set(pages(site))
     assert not missing
-    for r in rooms() + tutorials():
+    for r in [start(), *rooms(), *tutorials()]:
         html = (site / f"{r.doc}.html").read_text(encoding="utf-8")
         assert r.colab in html, f"{r.doc} has no Colab link"
         for e in r.exports: assert not e.label or f'id="{e.label}"' in html, f"{r.doc} has no anchor for {e.name}"
@@ -230,15 +241,18 @@ def test_nothing_is_clipped(site, address, width, tmp_path):
     assert count > 500 and not clipped, f"{len(clipped)} of {count} clipped at {width} px:\n" + "\n".join(clipped[:40])
 
 
-PIXELS = """
-const press = name => [...document.querySelectorAll(".live-svd button")].find(b => b.textContent.startsWith(name)).click();
+CANVAS = """
 const look = () => { const c = document.querySelector(".live-svd canvas"), d = c.getContext("2d").getImageData(0, 0, c.width, c.height).data;
   return {width: c.width, grey: [...d].filter((_, i) => i % 4 == 0), says: document.querySelector(".live-svd output").textContent}; };
+"""
+PIXELS = CANVAS + """
+const press = name => [...document.querySelectorAll(".live-svd button")].find(b => b.textContent.startsWith(name)).click();
 const seen = {base: look()};
 press("the first three"); seen.three = look();
 const first = document.querySelector(".live-svd input");
 press("base"); first.value = 0.5; first.dispatchEvent(new Event("input")); seen.half = look();
 press("base"); seen.again = look();
+first.focus();
 arguments[0](seen);
 """
 
@@ -250,6 +264,8 @@ def test_the_live_figure_computes_what_it_says(address, tmp_path):
     try:
         browser.open(f"{address}/index.html")
         seen = browser.run(PIXELS)
+        browser.cdp("Input.dispatchKeyEvent", type="rawKeyDown", key="ArrowLeft", code="ArrowLeft", windowsVirtualKeyCode=37)
+        seen["keys"] = browser.run(CANVAS + "arguments[0](look())")
     finally: browser.close()
     W = {k: np.array(v["grey"], float).reshape(-1, v["width"]) for k, v in seen.items()}
     U, S, Vh = np.linalg.svd(W["base"], full_matrices=False)
@@ -259,6 +275,14 @@ def test_the_live_figure_computes_what_it_says(address, tmp_path):
         share = np.sqrt((((z - 1) * S) ** 2).sum() / (S ** 2).sum())
         assert abs(float(seen[name]["says"].split("=")[1]) - share) < .003
     assert (W["again"] == W["base"]).all() and np.ptp(W["base"]) > 200
+    assert (W["base"] == np.rint(255 * picture())).all(), "docs/live.py draws another picture"
+    assert np.abs(W["keys"] - 255 * turned(np.where(np.arange(len(S)) == 0, .99, 1))).max() <= .51, "a key moves z by one hundredth"
+
+
+def test_without_a_script_a_picture_stands_there(site):
+    html = (site / "index.html").read_text(encoding="utf-8")
+    source = re.search(r'class="live-svd"><img src="([^"]+)"', html)[1]
+    assert (site / source).read_bytes()[:4] == b"\x89PNG"
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
