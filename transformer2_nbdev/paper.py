@@ -287,7 +287,7 @@ def check_vectors(file: Path,
     "Every p has as many finite numbers as its matrix has singular values"
     for n, p in ps.items():
         tag = shape_tag(base.get_submodule(n))
-        r = min(map(int, tag.split("x")))
+        r = min(map(int, str(tag).split("x")))
         if p.shape != (r,):
             raise ValueError(f"{file.name}: {n} is {tag} and needs {r} numbers, "
                              f"not a tensor of shape {tuple(p.shape)}")
