@@ -19,7 +19,7 @@ from torch import nn
 from .mixture import mixture
 from .adapt import check_experts, one_hot
 from .rollout import (encode, eos_ids, generate, inner, pad_id, pad_left, positions,
-                                        seen_of, token_logprobs)
+                                        picture_args, seen_of, token_logprobs)
 from .tasks import about, answer_region, boxed, render, text_side, user_text
 
 # %% ../nbs/11_prompt.ipynb #54ee4f58
@@ -129,7 +129,8 @@ def label_scores(model: nn.Module, tokenizer,
         P, M = pad_left([rows[i] for i in part], fill, device)
         C, N = pad_right([e for i in part for e in ends[i]], fill, device)
         seen = seen_of([rows[i] for i in part])
-        score = partial(score_seen, seen) if any(seen) else score_batch
+        whole = picture_args(model, seen, *2 * [P.shape[1]])
+        score = partial(score_seen, seen) if whole else score_batch
         out[part] = score(model, P, M, C, N).view(len(part), -1).cpu()
     return out
 

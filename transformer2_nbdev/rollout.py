@@ -174,7 +174,8 @@ def processed(processor, prompt: Pictured, where: str) -> dict: # {name: tensor}
     except Exception as e:
         what = str(e).split("\n")[0]
         raise ValueError(f"{where}: {type(processor).__name__} cannot read it: {what}") from e
-    return {k: v for k, v in out.items() if torch.is_tensor(v) and k != "attention_mask"}
+    unused = "attention_mask", "labels"          # the mask is our own; PaliGemma adds labels
+    return {k: v for k, v in out.items() if torch.is_tensor(v) and k not in unused}
 
 # %% ../nbs/07_rollout.ipynb #8aaa7eb7
 def stacked(parts: list[torch.Tensor]) -> torch.Tensor: # (sum of n_i, *largest of the other axes)
@@ -186,7 +187,7 @@ def stacked(parts: list[torch.Tensor]) -> torch.Tensor: # (sum of n_i, *largest 
 def collate(seen: list[dict],   # B: what the pictures of each row became; {}: it has none
             prompt_len: int,    # P
             width: int,         # P, or P + T with completions
-            later: int = 0      # the type of a token that belongs to no prompt with a picture
+            later: int = 0      # the type of a completion's tokens
            ) -> dict:           # {name: tensor}
     "The pictures of a batch"
     names, out = dict.fromkeys(k for s in seen for k in s), {}
@@ -194,18 +195,21 @@ def collate(seen: list[dict],   # B: what the pictures of each row became; {}: i
         rows = {b: s[k] for b, s in enumerate(seen) if k in s}
         if not k.endswith(TYPES): out[k] = stacked(list(rows.values()))
         else:
-            out[k] = next(iter(rows.values())).new_full((len(seen), width), later)
+            out[k] = next(iter(rows.values())).new_zeros(len(seen), width)
+            out[k][:, prompt_len:] = later
             for b, v in rows.items(): out[k][b, prompt_len - v.shape[1]:prompt_len] = v[0]
     return out
 
 # %% ../nbs/07_rollout.ipynb #8c75d12a
-LATER = dict(paligemma=1)    # model types that mark what follows a prompt with another type than 0
+LATER = dict(paligemma=1)    # families that tell an answer's tokens from the prompt's by their type
 
-def picture_args(model: nn.Module, seen: list[dict] | None, prompt_len: int, width: int
+def picture_args(model: nn.Module, seen: list[dict], prompt_len: int, width: int
                 ) -> dict: # arguments for the model's forward; {} where no row has a picture
     "The pictures of a batch, as this model wants them"
-    if not seen or not any(seen): return {}
     base = inner(model)
+    if base.config.model_type in LATER:
+        seen = [dict(token_type_ids=torch.zeros(1, 0, dtype=torch.long)) | s for s in seen]
+    if not any(seen): return {}
     wanted = signature(base.forward).parameters
     if "pixel_values" not in wanted:
         raise ValueError(f"the prompts hold pictures, and {type(base).__name__} reads text alone: "
@@ -600,7 +604,8 @@ def answer_pass(model: nn.Module, ids: torch.Tensor, mask: torch.Tensor, prompt_
                ) -> torch.Tensor:      # the model's logits at the last T + 1 columns, or more
     "One pass over prompts and completions"
     accepted, T = signature(inner(model).forward).parameters, ids.shape[1] - prompt_len
-    pictures, where = picture_args(model, seen, prompt_len, ids.shape[1]), positions(mask)
+    seen, where = seen or [{}] * len(ids), positions(mask)
+    pictures = picture_args(model, seen, prompt_len, ids.shape[1])
     n = 0 if pictures else to_share(model, ids, mask, prompt_len)
     extra = dict(use_cache=False) | pictures
     if n:
