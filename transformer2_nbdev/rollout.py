@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['TYPES', 'LATER', 'NEEDS', 'PIECE', 'ODD', 'pad_left', 'positions', 'inner', 'eos_ids', 'pad_id', 'until_eos',
-           'encode', 'check_room', 'PictureIds', 'look', 'processed', 'stacked', 'collate', 'picture_args',
+           'encode', 'check_room', 'PictureIds', 'look', 'processed', 'stacked', 'collate', 'picture_args', 'own_rows',
            'check_tower', 'places_pictures', 'placeholders', 'without_placeholders', 'seen_of', 'sampling_config',
-           'undisturbed', 'forked_rng', 'Recorder', 'spread', 'sample_whole', 'shared_prefix', 'can_step', 'own_rows',
+           'undisturbed', 'forked_rng', 'Recorder', 'spread', 'sample_whole', 'shared_prefix', 'can_step',
            'fits_window', 'read_shared', 'read', 'once', 'last_logits', 'shaped', 'draw', 'sample_steps',
            'sample_batch', 'Generation', 'trim', 'select', 'join', 'texts_of', 'generate', 'answer_pass', 'to_share',
            'completion_logits', 'vocab_logprobs', 'entropy', 'kl_per_token', 'Hidden', 'after_head', 'plain_head',
@@ -218,6 +218,10 @@ def picture_args(model: nn.Module, seen: list[dict], prompt_len: int, width: int
     made = collate(seen, prompt_len, width, LATER.get(base.config.model_type, 0))
     return {k: v.to(base.device) for k, v in made.items() if k in wanted}
 
+def own_rows(model: nn.Module) -> bool:
+    "Whether every row of a batch has a mixture of its own"
+    return any(l._mix is not None and l._mix.dim() > 1 for l in svf_layers(model).values())
+
 def check_tower(model: nn.Module) -> None:
     "Refuse a mixture for each row where an adapted layer sees pictures instead of rows"
     if not own_rows(model): return
@@ -355,10 +359,6 @@ def can_step(model: nn.Module) -> bool:
     return all(
         type(l) in (DynamicLayer, DynamicSlidingWindowLayer) for l in layers
     ) and not own_rows(model)
-
-def own_rows(model: nn.Module) -> bool:
-    "Whether every row of a batch has a mixture of its own"
-    return any(l._mix is not None and l._mix.dim() > 1 for l in svf_layers(model).values())
 
 def fits_window(model: nn.Module, length: int) -> bool: # length: tokens and padding of a row
     "Whether no layer's window of attention is shorter than the rows"
