@@ -329,7 +329,7 @@ def _same_equation(gold, said):
 def _serve():
     "The helper's loop: a question on a line, `true` or `false` on a line."
     import json, resource, signal, sys
-    import math_verify
+    import math_verify  # noqa: F401  (loads it before `ready` is said)
     resource.setrlimit(resource.RLIMIT_AS, (4 << 30, 4 << 30))
     print("ready", flush=True)
     for line in sys.stdin:
