@@ -3,7 +3,7 @@ import itertools, json, math, re
 from pathlib import Path
 
 import pytest, torch
-from peft import PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from transformer2_nbdev import paper, record
