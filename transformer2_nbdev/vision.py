@@ -7,8 +7,7 @@ __all__ = ['LETTERS', 'KNOWN', 'KINDS', 'FONTS', 'REAL', 'SIDE', 'CELL', 'FONT_N
            'TRAINED', 'UNSEEN', 'SOURCES', 'RELIABLE', 'SIZES', 'TASKS', 'WORDS', 'PATCHES', 'TEMPLATE', 'WEIGHT',
            'BASES', 'kind_of', 'made_up', 'draw_letters', 'letters', 'shapes', 'picture', 'work', 'label', 'draw',
            'write', 'image_of', 'messages', 'verify', 'tasks', 'task', 'tokenizer', 'processor', 'new_model', 'pixels',
-           'school', 'corpus', 'answer_loss', 'pretrain', 'Recipe', 'answers', 'measure', 'build', 'load', 'record',
-           'experts']
+           'school', 'corpus', 'answer_loss', 'pretrain', 'Recipe', 'measure', 'build', 'load', 'record', 'experts']
 
 # %% ../nbs/21_vision.ipynb #b302c2c7
 import json, platform, random, time
@@ -16,9 +15,10 @@ from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
 
-# %% ../nbs/21_vision.ipynb #ab71e1f7
+# %% ../nbs/21_vision.ipynb #1aa9cb5d
 import numpy as np
-from .lab import DATA, Muon, split_of, _watch, _wilson
+from .evaluate import evaluate
+from .lab import DATA, Muon, split_of, _watch
 from .tasks import Task, Verdict, boxed
 
 # %% ../nbs/21_vision.ipynb #a2b175de
@@ -262,12 +262,12 @@ def tokenizer():
         extra_special_tokens=dict(image_token="<image>"),
         **{f"{w}_token": f"<{w}>" for w in ("pad", "bos", "eos", "unk")})
 
-# %% ../nbs/21_vision.ipynb #f3577d28
+# %% ../nbs/21_vision.ipynb #0aaa3acb
 def processor():
     "Pictures and text as the model wants them."
-    from transformers import CLIPImageProcessor, LlavaProcessor
-    images = CLIPImageProcessor(do_resize=False, do_center_crop=False, image_mean=[.5] * 3,
-                                image_std=[.25] * 3)
+    from transformers import CLIPImageProcessorPil, LlavaProcessor
+    images = CLIPImageProcessorPil(do_resize=False, do_center_crop=False, image_mean=[.5] * 3,
+                                   image_std=[.25] * 3)
     return LlavaProcessor(images, tokenizer(), patch_size=CELL, image_token="<image>",
                           vision_feature_select_strategy="default", num_additional_image_tokens=1,
                           chat_template=TEMPLATE)
@@ -418,35 +418,15 @@ def _grow(recipe):
     curves = dict(school=seen, clean=clean, flawed=flawed)
     return model.to(torch.bfloat16), curves, time.time() - start
 
-# %% ../nbs/21_vision.ipynb #6d4f2b51
-def answers(model, processor, examples: list, max_new_tokens: int, sample: bool = False,
-            seed: int = 0) -> list:
-    "The model's answers as text, 167 questions at a time, greedily or drawn at temperature 1."
-    import torch
-    torch.manual_seed(seed)
-    how = dict(do_sample=True, temperature=1., top_k=0, top_p=1.) if sample else dict(
-        do_sample=False)
-    out = []
-    for i in range(0, len(examples), 167):
-        some = examples[i:i + 167]
-        texts = [processor.apply_chat_template(messages(e)) for e in some]
-        batch = processor(text=texts, images=[image_of(e) for e in some], padding=True,
-                          return_tensors="pt").to(model.device)
-        ids = model.generate(**batch, max_new_tokens=max_new_tokens, **how)
-        out += processor.batch_decode(ids[:, batch["input_ids"].shape[1]:],
-                                      skip_special_tokens=True)
-    return out
+# %% ../nbs/21_vision.ipynb #36fe0efa
+def measure(model, processor, task: Task, limit: int = None) -> dict:
+    "Right answers to the test questions, greedily, with their Wilson interval, by source."
+    r = evaluate(model, processor, task, limit=limit, batch_size=167, progress=False)
+    ok = [item["correct"] for item in r.items]
+    by = {s: sum(ok[i::len(SOURCES)]) for i, s in enumerate(SOURCES)}
+    return dict(n=r.n, correct=r.correct, low=round(r.low, 4), high=round(r.high, 4), by_source=by)
 
-def measure(model, processor, task: Task, sample: bool = False, limit: int = None) -> dict:
-    "Right answers to the test questions, with their Wilson interval, and for each source."
-    examples = task.examples("test")[:limit]
-    said = answers(model, processor, examples, task.max_new_tokens, sample)
-    ok = [task.judge(a, e).correct for a, e in zip(said, examples)]
-    low, high = _wilson(sum(ok), len(ok))
-    by = {s: sum(o for o, e in zip(ok, examples) if e["source"] == s) for s in SOURCES}
-    return dict(n=len(ok), correct=sum(ok), low=low, high=high, by_source=by)
-
-# %% ../nbs/21_vision.ipynb #8fbd6f09
+# %% ../nbs/21_vision.ipynb #1411d7b6
 def build(name: str = "V",           # one of BASES
           out: "str | Path" = None,  # folder to write; default: the package's own data
          ) -> Path:
@@ -467,16 +447,16 @@ def _save(name, out, model, curves, seconds):
     proc = processor()
     proc.save_pretrained(out)
     model = model.float().eval()
-    scores = {n: {how: measure(model, proc, t, how == "sampled") for how in ("greedy", "sampled")}
-              for n, t in tasks().items()}
+    scores = {n: measure(model, proc, t) for n, t in tasks().items()}
     record = dict(
         command=f"transformer2 lab build {name}", recipe=vars(BASES[name]), seconds=round(seconds),
         processor=platform.processor() or platform.machine(), threads=1,
         versions=dict(python=platform.python_version(), torch=torch.__version__,
                       transformers=transformers.__version__),
         accuracy=scores,
-        school=[[round(x, 4) for x in row] for row in curves["school"]],
-        losses=[round(x, 5) for x in curves["clean"] + curves["flawed"]])
+        school=[[round(x, 3) for x in row] for row in curves["school"][24::25]],
+        losses={k: [round(sum(v[i:i + 25]) / 25, 4) for i in range(0, len(v), 25)]
+                for k, v in curves.items() if k != "school"})
     (out / "record.json").write_text(json.dumps(record) + "\n")
     return out
 
