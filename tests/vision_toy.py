@@ -34,7 +34,7 @@ def tokenizer(special=SPECIAL, template=TEMPLATE):
 
 
 TEXT = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-            max_position_embeddings=512, initializer_range=.2, bos_token_id=1, eos_token_id=2, pad_token_id=0)
+            max_position_embeddings=2048, initializer_range=.2, bos_token_id=1, eos_token_id=2, pad_token_id=0)
 TOWER = dict(hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, patch_size=8)
 
 

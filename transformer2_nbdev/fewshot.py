@@ -26,8 +26,8 @@ from .mixture import mixture
 from .adapt import check_experts
 from .prompt import continuation, pad_right
 from .rollout import (completion_logits, encode, eos_ids, generate, inner, pad_id,
-                                        pad_left, undisturbed)
-from .tasks import Task, render
+                                        pad_left, seen_of, undisturbed)
+from .tasks import Task, render, text_side
 
 # %% ../nbs/13_fewshot.ipynb #4b47578e
 def draw(mean: torch.Tensor, std: torch.Tensor,  # (dim,) each
@@ -219,7 +219,8 @@ class Shots:
         self.eos, self.pad = eos_ids(model, tokenizer), pad_id(model, tokenizer)
         texts = [render(task, e, tokenizer) for e in shots]
         self.prompts = encode(tokenizer, texts, self.eos)
-        end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+        stop = text_side(tokenizer).eos_token_id
+        end = [] if stop is None else [stop]
         self.final = end != []                   # an answer says itself where it ends
         if tie == "gold":
             gold = [(t, task.answer(e)) for t, e in zip(texts, shots)]
@@ -306,7 +307,9 @@ def read_answers(s: Shots, shot: list[int]
     ids, mask = pad_left([s.prompts[i] for i in shot], s.pad, inner(s.model).device)
     T, M = pad_right([s.answers[i] for i in shot], s.pad, ids.device)
     both, seen = torch.cat([ids, T], 1), torch.cat([mask, M], 1)
-    with undisturbed(s.model): logits = completion_logits(s.model, both, seen, ids.shape[1])
+    pictures = seen_of([s.prompts[i] for i in shot])
+    with undisturbed(s.model):
+        logits = completion_logits(s.model, both, seen, ids.shape[1], seen=pictures)
     logp = logits.gather(-1, T[..., None])[..., 0] - logits.logsumexp(-1)
     same, n = (logits.argmax(-1) == T) | (M == 0), M.sum(1)
     # without a final token the greedy answer may be longer than this one, unless it is cut there

@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['TYPES', 'LATER', 'NEEDS', 'PIECE', 'ODD', 'pad_left', 'positions', 'inner', 'eos_ids', 'pad_id', 'until_eos',
            'encode', 'check_room', 'PictureIds', 'look', 'processed', 'stacked', 'collate', 'picture_args',
-           'places_pictures', 'placeholders', 'without_placeholders', 'seen_of', 'sampling_config', 'undisturbed',
-           'forked_rng', 'Recorder', 'spread', 'sample_whole', 'shared_prefix', 'can_step', 'own_rows', 'fits_window',
-           'read_shared', 'read', 'once', 'last_logits', 'shaped', 'draw', 'sample_steps', 'sample_batch', 'Generation',
-           'trim', 'select', 'join', 'texts_of', 'generate', 'answer_pass', 'to_share', 'completion_logits',
-           'vocab_logprobs', 'entropy', 'kl_per_token', 'Hidden', 'after_head', 'plain_head', 'caught', 'hidden',
-           'agrees', 'divergence', 'slopes_of', 'places', 'whole_places', 'base_logprobs', 'token_logprobs', 'judge',
-           'Rollouts', 'rollout', 'items_of', 'shown_in']
+           'check_tower', 'places_pictures', 'placeholders', 'without_placeholders', 'seen_of', 'sampling_config',
+           'undisturbed', 'forked_rng', 'Recorder', 'spread', 'sample_whole', 'shared_prefix', 'can_step', 'own_rows',
+           'fits_window', 'read_shared', 'read', 'once', 'last_logits', 'shaped', 'draw', 'sample_steps',
+           'sample_batch', 'Generation', 'trim', 'select', 'join', 'texts_of', 'generate', 'answer_pass', 'to_share',
+           'completion_logits', 'vocab_logprobs', 'entropy', 'kl_per_token', 'Hidden', 'after_head', 'plain_head',
+           'caught', 'hidden', 'agrees', 'divergence', 'slopes_of', 'places', 'whole_places', 'base_logprobs',
+           'token_logprobs', 'judge', 'Rollouts', 'rollout', 'items_of', 'shown_in']
 
 # %% ../nbs/07_rollout.ipynb #cc206472
 import math, time
@@ -33,7 +33,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.generation.logits_process import (TemperatureLogitsWarper, TopKLogitsWarper,
                                                     TopPLogitsWarper)
 
-from .adapter import svf_layers
+from .adapter import part_of, svf_layers
 from .tasks import (Pictured, Task, judge_all, opened, picture_digest, render,
                                       sees, text_side)
 
@@ -210,8 +210,19 @@ def picture_args(model: nn.Module, seen: list[dict] | None, prompt_len: int, wid
     if "pixel_values" not in wanted:
         raise ValueError(f"the prompts hold pictures, and {type(base).__name__} reads text alone: "
                          "load the model with AutoModelForImageTextToText")
+    check_tower(model)
     made = collate(seen, prompt_len, width, LATER.get(base.config.model_type, 0))
     return {k: v.to(base.device) for k, v in made.items() if k in wanted}
+
+def check_tower(model: nn.Module) -> None:
+    "Refuse a mixture for each row where an adapted layer sees pictures instead of rows"
+    if not own_rows(model): return
+    language = part_of(inner(model), "language") or ""
+    outside = (n for n, l in svf_layers(model).items() if not n.startswith(language)
+               and l._mix is not None and l._mix.dim() > 1 and len(l._mix) > 1)
+    for n in outside:
+        raise ValueError(f"{n} sees pictures, and does not know which row a picture belongs to: a "
+                         "mixture for each row needs experts on the language model alone")
 
 def places_pictures(model: nn.Module) -> bool:
     "Whether the model works out the positions of a picture's tokens itself"
