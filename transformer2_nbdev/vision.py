@@ -7,7 +7,8 @@ __all__ = ['LETTERS', 'KNOWN', 'KINDS', 'FONTS', 'FAR', 'REAL', 'SIDE', 'CELL', 
            'TRAINED', 'UNSEEN', 'SOURCES', 'RELIABLE', 'SIZES', 'TASKS', 'WORDS', 'PATCHES', 'TEMPLATE', 'WEIGHT',
            'BASES', 'kind_of', 'made_up', 'draw_letters', 'letters', 'shapes', 'picture', 'work', 'label', 'draw',
            'write', 'image_of', 'messages', 'verify', 'tasks', 'task', 'tokenizer', 'processor', 'new_model', 'pixels',
-           'school', 'corpus', 'answer_loss', 'pretrain', 'Recipe', 'measure', 'build', 'load', 'record', 'experts']
+           'school', 'corpus', 'answer_loss', 'pretrain', 'Recipe', 'measure', 'build', 'load', 'record', 'experts',
+           'ask', 'gallery']
 
 # %% ../nbs/21_vision.ipynb #b302c2c7
 import json, platform, random, time
@@ -15,11 +16,12 @@ from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
 
-# %% ../nbs/21_vision.ipynb #1aa9cb5d
+# %% ../nbs/21_vision.ipynb #ddb7ec48
 import numpy as np
 from .evaluate import evaluate
 from .lab import DATA, Muon, split_of, _watch
-from .tasks import Task, Verdict, boxed
+from .rollout import generate
+from .tasks import Task, Verdict, boxed, render
 
 # %% ../nbs/21_vision.ipynb #a2b175de
 LETTERS = "abcdeghilnoprst"
@@ -205,18 +207,21 @@ def _examples(name, split):
         out.append(dict(text=text, facts=q, answer=answer, gold=gold, source=source, kind=base))
     return out
 
-# %% ../nbs/21_vision.ipynb #5fdfe94a
+# %% ../nbs/21_vision.ipynb #af2a7556
 def image_of(example: dict):  # PIL.Image
     "The picture of an example."
     from PIL import Image
     return Image.fromarray(picture(*example["facts"]))
 
-def messages(example: dict) -> list:  # one message: a picture and a question
+def messages(example: dict,
+             image=None,      # another picture instead of the example's own
+            ) -> list:        # one message: a picture and a question
     "An example as a model that sees is asked it."
-    parts = dict(type="image", image=image_of(example)), dict(type="text", text=example["text"])
+    image = image_of(example) if image is None else image
+    parts = dict(type="image", image=image), dict(type="text", text=example["text"])
     return [dict(role="user", content=list(parts))]
 
-# %% ../nbs/21_vision.ipynb #9b346d2a
+# %% ../nbs/21_vision.ipynb #5ee66077
 def verify(name: str, completion: str, example: dict) -> Verdict:
     "Right when the last word (the box, or for `read` the whole) is the gold."
     boxes = name.startswith("cls")
@@ -226,7 +231,7 @@ def verify(name: str, completion: str, example: dict) -> Verdict:
 
 def tasks() -> dict:  # name -> Task
     "Every task about pictures."
-    return {n: Task(n, lambda split, n=n: list(_examples(n, split)), messages,
+    return {n: Task(n, lambda split, n=n: list(_examples(n, split)), lambda e: messages(e),
                     answer=lambda e: e["answer"], max_new_tokens=9, verify=partial(verify, n))
             for n in TASKS}
 
@@ -484,3 +489,29 @@ def experts(name: str = "V") -> dict:  # skill -> adapter folder, as text
     _recipe(name)
     return {p.parent.name: str(p.parent)
             for p in sorted((DATA / name / "experts").glob("*/adapter_config.json"))}
+
+# %% ../nbs/21_vision.ipynb #3d834f92
+def ask(model, processor,
+        examples: list,      # of a task of this room
+        images: list = None, # other pictures instead of the examples' own
+       ) -> list:            # of str
+    "The model's greedy answers."
+    prompts = [messages(e, im) for e, im in zip(examples, images or [None] * len(examples))]
+    texts = [render(p, None, processor) for p in prompts]
+    return generate(model, processor, texts, 9, temperature=0., batch_size=167).texts
+
+def gallery(examples: list, said: dict,  # {"before": answers, "after": answers, ...}
+            columns: int = 4):
+    "Pictures, and below each its question and the answers; green where they are right."
+    import matplotlib.pyplot as plt
+    rows = -(-len(examples) // columns)
+    _, axes = plt.subplots(rows, columns, figsize=(2.1 * columns, 2.6 * rows), squeeze=False)
+    for i, (ax, e) in enumerate(zip(axes.flat, examples)):
+        ax.imshow(image_of(e))
+        ax.set_title(e["text"], fontsize=8)
+        for j, (who, texts) in enumerate(said.items()):
+            right = texts[i].strip().split(" = ")[-1] == e["gold"] or boxed(texts[i]) == e["gold"]
+            ax.text(0, 67 + 8 * j, f"{who}: {texts[i]}", fontsize=8, clip_on=False,
+                    color="#1b7837" if right else "#b2182b")
+    for ax in axes.flat: ax.axis("off")
+    return axes
