@@ -9,18 +9,18 @@ Base A with its shipped experts of math, code and logic answers 1,002 test quest
     for 3, 5 and 20 shots: the search over delta weights, and the two single experts
 
 Settings of the search, shot seeds and the list of variants were fixed before any test question was answered. The record
-benchmarks/results/adaptation.json holds which questions each row got right, so any two rows can be paired.
+transformer2_nbdev/data/records/adaptation.json holds which questions each row got right, so any two rows can be paired.
 """
 import argparse, json, time
 from pathlib import Path
 
 import torch
 
-from pieces import Work, about, pack
+from pieces import RECORDS, Work, about
 from transformer2_nbdev import lab
 from transformer2_nbdev.adapt import fixed, load_experts
 from transformer2_nbdev.classifier import Classifier
-from transformer2_nbdev.evaluate import evaluate, write_atomic
+from transformer2_nbdev.evaluate import evaluate, pack, write_atomic
 from transformer2_nbdev.fewshot import FewShot, Shots, Strength, best_first, draw_shots, folds, held_back, variants
 from transformer2_nbdev.prompt import Dispatch, confusion
 
@@ -112,7 +112,7 @@ if __name__ == "__main__":
     parse = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parse.add_argument("--work", default="runs/adaptation", help="folder for finished pieces")
     parse.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="draws of shots")
-    parse.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "adaptation.json")
+    parse.add_argument("--out", type=Path, default=RECORDS / "adaptation.json")
     a = parse.parse_args()
     torch.set_num_threads(1)
     MODEL, TOK, WORLD = lab.load("A")

@@ -3,7 +3,7 @@
     python benchmarks/adapter.py [--hidden 1024 --ffn 3584 --device cpu --dtype float32 --rounds 9 --seed 0]
 
 Every contender is timed once per round, in turn, and a ratio is the median over rounds of (its time / the reference's time in the same
-round), so that a machine busy with other work disturbs both alike. Writes benchmarks/results/adapter-<device>.json.
+round), so that a machine busy with other work disturbs both alike. Writes transformer2_nbdev/data/records/adapter-<device>.json.
 """
 import argparse, json, platform, statistics, sys, time
 from contextlib import nullcontext
@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaMLP
 
+from pieces import RECORDS
 from transformer2_nbdev.adapter import SvfConfig, svf_layers
 from transformer2_nbdev.fused import fused
 from transformer2_nbdev.mixture import mixture
@@ -137,5 +138,5 @@ if __name__ == "__main__":
     for k, v in r["ratios"].items(): print(k, {n: f"{x['median']:.2f} [{x['low']:.2f}, {x['high']:.2f}]" for n, x in v.items()})
     print(r["memory"])
     for claim, got, limit in limits(r): print(f"{'ok  ' if got <= limit else 'OVER'} {claim}: {got:.3f} (at most {limit:.2f})")
-    path = Path(__file__).parent / "results" / f"adapter-{a.device}.json"
+    path = RECORDS / f"adapter-{a.device}.json"
     path.write_text(json.dumps(r, indent=1) + "\n")

@@ -3,7 +3,7 @@
     math, code   lab base A, 667k parameters: 20 steps of 128 answers
     dog          stories260k, "the story mentions a dog": 20 steps of 64 stories of 48 tokens
     dispatch     SmolLM2-135M-Instruct, "which teacher should answer: math, code or science?": three
-                 example turns as messages, questions of GSM8K, MBPP and ARC, 4 steps of 48 answers
+                 example turns as messages (room 20's real.dispatch), 16 steps of 48 answers
 
 The same command and the same defaults everywhere but for `lr`, the number of steps and the size of
 a batch. The z of the last step is what is measured, so that nothing is chosen on a validation. On
@@ -11,9 +11,9 @@ test questions: greedy accuracy (lab, dispatch); mean reward and divergence from
 token and an answer, exact at every place) of one sampled answer each. Rates and seeds were written
 down before the first run. Finished runs are files in FOLDER, a run of the real model goes on from
 its last step, and an interrupted benchmark (`timeout -s INT 300 python ...`) goes on from there.
-The record is benchmarks/results/auto-lr.json. The real model is a folder named by --chat.
+The record is transformer2_nbdev/data/records/auto-lr.json. --chat names the real model's folder.
 """
-import argparse, json, os, random, statistics
+import argparse, json, os, statistics
 from functools import cache
 from pathlib import Path
 
@@ -21,10 +21,10 @@ import torch
 from peft import get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from pieces import Work, about, nats_an_answer, pack
-from transformer2_nbdev import lab
+from pieces import RECORDS, Work, about, nats_an_answer
+from transformer2_nbdev import lab, real
 from transformer2_nbdev.adapter import SvfConfig
-from transformer2_nbdev.evaluate import evaluate, write_atomic
+from transformer2_nbdev.evaluate import evaluate, pack, write_atomic
 from transformer2_nbdev.reinforce import Diverged, ReinforceConfig, train_expert
 from transformer2_nbdev.rollout import rollout
 from transformer2_nbdev.tasks import Task
@@ -36,12 +36,10 @@ RATES = dict(math=("auto", 3e-3, 1e-2, 3e-2), code=("auto", 3e-3, 1e-2, 3e-2),
 SETTINGS = dict(math=dict(steps=20, batch_size=128, rollout_batch=128),
                 code=dict(steps=20, batch_size=128, rollout_batch=128),
                 dog=dict(steps=20, batch_size=64),
-                dispatch=dict(steps=4, batch_size=48, rollout_batch=24))
+                dispatch=dict(steps=16, batch_size=48, rollout_batch=24))
 SIZES = dict(math=501, code=501, dog=192, dispatch=48)       # test questions that are sampled
 CHAT = dict(model=None, cache=None)                          # folders, from the command line
 
-
-def lines(path): return [json.loads(line) for line in path.read_text().splitlines()]
 
 def dog(text, example): return 1. if "dog" in text.lower() else -1.
 
@@ -49,36 +47,7 @@ def story(split): return [dict(prompt="Once upon a time")] * (192 if split == "t
 
 DOG = Task("dog", story, lambda e: e["prompt"], dog, max_new_tokens=48)
 
-ASK = "{}\nWhich teacher should answer: math, code or science?"
-SHOTS = [("Write a function that reverses a list.", "code"),
-         ("Tom has 3 apples and buys 2. How many?", "math"),
-         ("Why is the sky blue?", "science")]
-
-
-@cache
-def questions(split):
-    "Questions of the three subjects in turn: 600 to train on, 90 to validate, 90 to test"
-    sources = dict(math=lines(DATA / "gsm8k" / "train.jsonl"),
-                   code=lines(DATA / "mbpp" / "mbpp.jsonl"),
-                   science=lines(DATA / "arc" / "ARC-Easy-train.jsonl"))
-    pick = dict(train=slice(200), validation=slice(200, 230), test=slice(230, 260))[split]
-    text = lambda row: row.get("question") or row["text"]
-    texts = {k: sorted(filter(lambda t: len(t) < 220, map(text, v))) for k, v in sources.items()}
-    texts = {k: random.Random(0).sample(v, 260)[pick] for k, v in texts.items()}
-    return [dict(question=q, gold=k) for row in zip(*texts.values()) for k, q in zip(texts, row)]
-
-
-def messages(e):
-    "Three example turns, then the question"
-    turns = [(role, said) for q, a in SHOTS for role, said in (("user", ASK.format(q)),
-                                                              ("assistant", a))]
-    turns += [("user", ASK.format(e["question"]))]
-    return [dict(role=role, content=said) for role, said in turns]
-
-
-def named(text, e): return 1. if text.strip().strip(".").lower() == e["gold"] else -1.
-
-DISPATCH = Task("dispatch", questions, messages, named, max_new_tokens=4)
+DISPATCH = real.dispatch("dispatch", str(DATA))
 
 
 @cache
@@ -145,7 +114,7 @@ def main():
     p.add_argument("--rates", nargs="+", help="only these")
     p.add_argument("--chat", help="folder of SmolLM2-135M-Instruct, for dispatch")
     p.add_argument("--cache", help="folder for its decompositions")
-    p.add_argument("--out", default=str(ROOT / "benchmarks" / "results" / "auto-lr.json"))
+    p.add_argument("--out", default=str(RECORDS / "auto-lr.json"))
     a = p.parse_args()
     torch.set_num_threads(1)
     CHAT.update(model=a.chat, cache=a.cache)

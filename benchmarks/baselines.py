@@ -1,5 +1,6 @@
 """SVF and its rivals at one budget: `python benchmarks/baselines.py`.
 
+Methods, loop, rule of choice and intervals are those of room 15 (transformer2_nbdev.baselines).
 One loop (reinforce.train_expert or reinforce.sft), one base (lab A), one skill (math), one budget:
 30 steps of 64 prompts, the best of four validations (150 prompts; step 0 is one of them) kept.
 Fixed before the first test question was answered:
@@ -24,31 +25,25 @@ spectral (`why.split`). Parts:
 
 A finished run is a small file in --work, and an interrupted benchmark goes on from there;
 benchmarks/why.py reads the same files. `--finished` starts no run and records those that are there.
-The record is benchmarks/results/baselines.json; what it says under `compose` (experts added up),
+The record is transformer2_nbdev/data/records/baselines.json; what it says under `compose` (experts added up),
 `cost` and `before` was measured by an earlier version of this script: its command, budget and
 versions stand beside it, under `before`.
 """
 import argparse, json, math, random, resource, statistics, subprocess, sys, time
 from dataclasses import replace
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 
-import numpy as np, torch, transformers
-from peft import IA3Config, LNTuningConfig, LoraConfig, get_peft_model
+import torch, transformers
 
-from pieces import Work, about, pack, unpack
+from pieces import RECORDS, Work, about
 from transformer2_nbdev import lab, why
-from transformer2_nbdev.adapter import SvfConfig, resolve_targets
-from transformer2_nbdev.evaluate import evaluate, student_inside, student_t, write_atomic
-from transformer2_nbdev.reinforce import Diverged, ReinforceConfig, sft, train_expert
+from transformer2_nbdev.baselines import (BUDGET, CHOOSE, COMPARED, KL_PROMPTS, LIMIT, LOSSES,
+                                          METHODS, RATES, TESTED, VERDICT, ask, chosen, fit, fresh,
+                                          validation, world)
+from transformer2_nbdev.evaluate import evaluate, pack, write_atomic
 from transformer2_nbdev.rollout import rollout
-from transformer2_nbdev.svf import is_target
 
-RATES = [x * 10. ** e for e in range(-5, 2) for x in (1, 3)]          # half a decade apart
-BUDGET = dict(steps=30, batch_size=64, rollout_batch=150, val_every=10, val_limit=150)
-TESTED, LIMIT, KL_PROMPTS = ("math", "math-hard", "code", "logic"), 501, 150
-CHOOSE, VERDICT = (0, 1), (2, 3, 4)
-LOSSES, COMPARED = ("rewards", "tokens"), ("SVF", "LoRA r1", "LoRA r16", "IA3")
 OLD = ("code", "logic", "code-hard", "logic-hard", "copy")
 
 
@@ -72,39 +67,10 @@ def gather(makes):
     return out
 
 
-def names_of(model, modules="all-linear"):
-    return sorted(resolve_targets(SvfConfig(target_modules=modules), model))
-
-
-def peft(make):
-    "A method from a PEFT config: make(names) -> config"
-    return lambda model, modules="all-linear": get_peft_model(model, make(names_of(model, modules)))
-
-
-def lora(names, r, **kw):
-    return LoraConfig(target_modules=names, task_type="CAUSAL_LM", r=r, lora_alpha=2 * r, **kw)
-
-
-def ia3(names):
-    feedforward = [n for n in names if is_target(n, "mlp")]
-    return IA3Config(target_modules=names, feedforward_modules=feedforward)
-
-
-METHODS = {                  # name: (bare model -> PEFT model, the middle of its first three rates)
-    "SVF":      (peft(lambda names: SvfConfig(target_modules=names)), 1e-2),
-    "LoRA r1":  (peft(lambda names: lora(names, 1)), 3e-3),
-    "LoRA r16": (peft(lambda names: lora(names, 16)), 1e-3),
-    "IA3":      (peft(ia3), 3e-2),
-    "full":     (peft(lambda names: LNTuningConfig(target_modules=names)), 3e-4)}  # trained copies
-
-
-@lru_cache(maxsize=None)
-def world():
-    "(tokenizer, tasks, base, its answers, old text, {matrix: its SVD}); made once a process"
-    base, tok, tasks = lab.load("A")
-    asked = tasks["math"].examples("test")[:KL_PROMPTS]
-    drawn = dict(temperature=1., batch_size=KL_PROMPTS, seed=0)
-    answers = rollout(base, tok, tasks["math"], asked, **drawn)
+@cache
+def measured():
+    "(old text, {matrix: its SVD}) beside baselines.world(); made once a process"
+    tok, _, base, _ = world()
     rng, texts = random.Random(7), []
     for name in OLD:
         for _ in range(100):
@@ -113,43 +79,21 @@ def world():
     rows = list(zip(tok([p for p, _ in texts])["input_ids"],
                     tok([f"{a} <eos>" for _, a in texts], add_special_tokens=False)["input_ids"]))
     linears = {n: m for n, m in base.named_modules() if n.split(".")[-1].endswith("_proj")}
-    svds = {n: why.usv(m.weight.detach()) for n, m in linears.items()}
-    return tok, tasks, base, answers, rows, svds
+    return rows, {n: why.usv(m.weight.detach()) for n, m in linears.items()}
 
 
 @torch.no_grad()
 def old_loss(model):
     "Nats a word of text in the old skills, flawed as in pretraining"
-    rows = world()[4]
+    rows = measured()[0]
     return lab.answer_loss(model, rows).item() / sum(len(a) for _, a in rows)
-
-
-def fresh(method, seed, modules="all-linear", methods=METHODS):
-    "The lab's base with an untrained adapter"
-    torch.manual_seed(seed)
-    return methods[method][0](lab.load("A")[0], modules)
-
-
-def fit(model, task, loss, lr, seed, last=False, **kw):
-    "Train in place: (validation accuracy of the kept step, the step); (None, None) if it diverged"
-    steps, run = iter(range(10 ** 6)), train_expert if loss == "rewards" else sft
-    config = ReinforceConfig(**BUDGET | dict(lr=lr, seed=seed) | kw)
-    judge = (lambda m, t: next(steps)) if last else None            # "better" every time
-    try: h = run(model, world()[0], task, config, eval_fn=judge, progress=False)
-    except Diverged: return None, None
-    return h.result["acc"], h.best_step
-
-
-def ask(model, names=TESTED, limit=LIMIT, **kw):
-    tok, tasks = world()[:2]
-    kw = dict(limit=limit, batch_size=limit or 501, progress=False) | kw
-    return {n: evaluate(model, tok, tasks[n], **kw) for n in names}
 
 
 @torch.no_grad()
 def describe(plain):
     "What a model with plain weights can do, and how far it is from the base"
-    tok, tasks, base, answers, _, svds = world()
+    tok, tasks, base, answers = world()
+    svds = measured()[1]
     scores = ask(plain)
     asked = tasks["math"].examples("test")[:KL_PROMPTS]
     own = rollout(plain, tok, tasks["math"], asked, temperature=1., batch_size=KL_PROMPTS, seed=1)
@@ -183,20 +127,6 @@ def run(work, method, loss, lr, seed, methods=METHODS, modules="all-linear", tag
     return dict(method=method, loss=loss, lr=lr, seed=seed) | part | found
 
 
-def validation(runs):
-    "{rate: mean validation accuracy of its seeds}; a run that diverged counts as nothing right"
-    rates = sorted({r["lr"] for r in runs})
-    return {lr: statistics.mean(r["val"] or 0. for r in runs if r["lr"] == lr) for lr in rates}
-
-
-def chosen(runs):
-    "The smallest rate whose mean validation lies within one standard error of the best"
-    val = validation(runs)
-    best = max(val.values())
-    enough = best - math.sqrt(best * (1 - best) / BUDGET["val_limit"])
-    return min(lr for lr, v in val.items() if v >= enough)
-
-
 def surface(work, method, loss, seeds=CHOOSE, methods=METHODS, **kw):
     "Runs at three rates, and beyond an end at which the best one lies"
     i = min(range(len(RATES)), key=lambda j: abs(math.log(RATES[j] / methods[method][1])))
@@ -225,28 +155,6 @@ def overfit(work, method, loss, lr, n, seed):
         return dict(train=seen.correct, n=seen.n, **{t: r.correct for t, r in held.items()})
     found = work.do(f"overfit_{loss}_{method}_{n}_{seed}", make)
     return dict(method=method, loss=loss, lr=lr, prompts=n, seed=seed) | found
-
-
-def student_p(t, df):
-    "Two-sided p of Student's t"
-    return max(0., 1 - student_inside(abs(t), df))
-
-
-def contrast(a, b, task):
-    """b - a in points, half of its 95% interval, p: runs of several seeds, or one run alone.
-
-    All answered the same questions. The variance of the difference has three parts: seeds of a,
-    seeds of b (Welch), and questions: the spread over questions of the difference between the two
-    means over seeds. Degrees of freedom after Satterthwaite.
-    """
-    A, B = (np.array([unpack(r["bits"][task]) for r in runs], float) for runs in (a, b))
-    d = B.mean(0) - A.mean(0)
-    parts = [(X.mean(1).var(ddof=1) / len(X), len(X) - 1) for X in (A, B) if len(X) > 1]
-    parts.append((d.var(ddof=1) / len(d), len(d) - 1))
-    var = sum(v for v, _ in parts)
-    if var == 0: return 100 * float(d.mean()), 0., 1.
-    df, se = var ** 2 / sum(v ** 2 / n for v, n in parts), math.sqrt(var)
-    return 100 * float(d.mean()), 100 * student_t(.95, df) * se, student_p(d.mean() / se, df)
 
 
 def child(method):
@@ -324,8 +232,7 @@ if __name__ == "__main__":
                        help="also: cost (on a quiet machine; else the cost on record stays)")
     parse.add_argument("--losses", nargs="+", default=LOSSES, choices=LOSSES)
     parse.add_argument("--finished", action="store_true", help="start no run, record what is there")
-    parse.add_argument("--out", type=Path,
-                       default=Path(__file__).parent / "results" / "baselines.json")
+    parse.add_argument("--out", type=Path, default=RECORDS / "baselines.json")
     parse.add_argument("--child", choices=METHODS, help=argparse.SUPPRESS)
     a = parse.parse_args()
     transformers.utils.logging.disable_progress_bar()

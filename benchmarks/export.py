@@ -1,6 +1,6 @@
 """An SVF expert as a LoRA: this package against PEFT's convert_to_lora, on all linear layers.
 
-    python benchmarks/export.py --model FOLDER [--rank 16] [--out benchmarks/results/export.json]
+    python benchmarks/export.py --model FOLDER [--rank 16] [--out export.json]
 
 Seconds are those of the process (not of the clock), so that a machine busy with other work
 disturbs little; errors are Frobenius norms relative to W' - W.

@@ -10,7 +10,7 @@ Marking means: answer every shot greedily and read the log-likelihood of its cor
 
 All three run once per round, in turn, and a ratio is the median over rounds of (time / time of `batched` in the same round). The marks must
 agree before a time counts. `lab` is lab base A with its experts of math, code and logic on unseen arithmetic; the other models are random Llamas with random experts, prompts are random tokens, the
-correct answers are those of a planted mixture; the candidates are the first generation of a search. Writes benchmarks/results/fewshot.json.
+correct answers are those of a planted mixture; the candidates are the first generation of a search. Writes transformer2_nbdev/data/records/fewshot.json.
 """
 import argparse, json, statistics, sys, time
 from pathlib import Path
@@ -20,6 +20,7 @@ from peft import get_peft_model
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from pieces import RECORDS
 from transformer2_nbdev import lab
 from transformer2_nbdev.adapt import load_experts
 from transformer2_nbdev.adapter import SvfConfig, mix_layer, svf_layers
@@ -143,7 +144,7 @@ if __name__ == "__main__":
     p.add_argument("--sizes", nargs="+", default=["lab", "128x4", "512x4"], help="lab, or hidden width x layers of a random model"); p.add_argument("--vocab", type=int, default=85)
     p.add_argument("--population", type=int, default=32); p.add_argument("--shots", type=int, default=10); p.add_argument("--tokens", type=int, default=8)
     p.add_argument("--rounds", type=int, default=5); p.add_argument("--threads", type=int, default=1); p.add_argument("--seed", type=int, default=0)
-    p.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "fewshot.json")
+    p.add_argument("--out", type=Path, default=RECORDS / "fewshot.json")
     a = p.parse_args()
     r = main(a)
     for claim, got, least in limits(r): print(f"{'ok  ' if got >= least else 'UNDER'} {claim}: {got:.1f} (at least {least:.0f})")

@@ -17,7 +17,7 @@ count are those up to the end of each answer. Ways:
     turns     SmolLM2-135M-Instruct, 16 questions behind three example turns, 4 tokens
     chat      SmolLM2-135M-Instruct, 8 questions, up to 48 tokens
 
-`same` says whether greedy tokens are those of the library. The record is benchmarks/results/
+`same` says whether greedy tokens are those of the library. The record is transformer2_nbdev/data/records/
 generation.json.
 """
 import argparse, json, signal, time
@@ -28,7 +28,7 @@ from transformers import ContinuousBatchingConfig, DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 import auto_lr
-from pieces import about
+from pieces import RECORDS, about
 from transformer2_nbdev import rollout
 from transformer2_nbdev.evaluate import write_atomic
 from transformer2_nbdev.rollout import (encode, eos_ids, forked_rng, pad_id, pad_left,
@@ -164,7 +164,7 @@ def main():
     p.add_argument("--cases", nargs="+", default=names, choices=names)
     p.add_argument("--chat", help="folder of SmolLM2-135M-Instruct, for turns and chat")
     p.add_argument("--best", type=int, default=2)
-    p.add_argument("--out", default=str(ROOT / "benchmarks" / "results" / "generation.json"))
+    p.add_argument("--out", default=str(RECORDS / "generation.json"))
     a = p.parse_args()
     torch.set_num_threads(1)
     auto_lr.CHAT.update(model=a.chat)

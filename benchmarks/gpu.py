@@ -6,13 +6,14 @@
     python benchmarks/gpu.py learn --model FOLDER --data-dir D     a real small model on GSM8K,
                                        ARC-Easy and MBPP, SVF and LoRA, three seeds
 
-Every stage writes benchmarks/results/gpu-STAGE[...].json with the device's name. `--tiny` shrinks
+Every stage writes transformer2_nbdev/data/records/gpu-STAGE[...].json with the device's name. `--tiny` shrinks
 the shapes, so that a CPU runs a stage in seconds (for the tests: its times mean nothing).
 `--cap 16` makes a larger card answer like one of 16 GB. A stage starts no new work when
 `--minutes` are over; `learn` goes on where it stopped, from the pieces in runs/gpu-learn.
 """
 import argparse, json, statistics, sys, time
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -20,7 +21,7 @@ from torch import nn
 from torch.nn import functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from pieces import Work, about
+from pieces import RECORDS, Work, about
 
 from transformer2_nbdev import adapter, scale
 from transformer2_nbdev.fused import fused
@@ -29,7 +30,6 @@ from transformer2_nbdev.rollout import Rollouts
 from transformer2_nbdev.svd import Factors, decompose, side_of
 from transformer2_nbdev.svf import compose, linear_shapes
 
-RESULTS = Path(__file__).resolve().parent / "results"
 TINY = dict(model_type="llama", vocab_size=64, hidden_size=32, intermediate_size=64,
             num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
 
@@ -48,7 +48,7 @@ def clock(device):
 def timed(f, device, repeats=3):
     "Median seconds of a call, after one for nothing"
     seen = []
-    for i in range(repeats + 1):
+    for _ in range(repeats + 1):
         began = clock(device); f(); seen.append(clock(device) - began)
     return statistics.median(seen[1:])
 
@@ -210,7 +210,8 @@ def steps(a):
                 base.gradient_checkpointing_enable(dict(use_reentrant=False))
             if a.device == "cuda": torch.cuda.reset_peak_memory_stats()
             learned = sum(p.numel() for p in model.parameters() if p.requires_grad)
-            rows[name] = dict(seconds=timed(lambda: one_step(model, name, a), a.device),
+            step = partial(one_step, model, name, a)
+            rows[name] = dict(seconds=timed(step, a.device),
                               peak=peak(a.device), learned=learned)
         except RuntimeError as e:
             if not out_of_memory(e): raise
@@ -317,7 +318,7 @@ def main(a):
     r |= STAGES[a.stage](a) | dict(minutes=round((time.monotonic() - began) / 60, 2))
     words = ["gpu", a.stage, f"{a.bits}bit" if a.stage == "step" and a.bits < 16 else "",
              f"cap{a.cap:g}" if a.cap else "", "tiny" if a.tiny else ""]
-    out = Path(a.out) if a.out else RESULTS / f"{'-'.join(filter(None, words))}.json"
+    out = Path(a.out) if a.out else RECORDS / f"{'-'.join(filter(None, words))}.json"
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(r, indent=1) + "\n")
     return r

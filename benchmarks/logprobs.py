@@ -7,7 +7,7 @@ memory over what it had before the loss (VmHWM), seconds are processor seconds o
 shorter of two runs. Words and places vary one at a time, so that it can be seen what grows with
 what. One more size has SmolLM2's width and vocabulary and four of its thirty layers (random
 weights), where a transformer's own work is in the picture as well. The record is
-benchmarks/results/logprobs.json.
+transformer2_nbdev/data/records/logprobs.json.
 """
 import argparse, json, multiprocessing, tempfile, time
 from pathlib import Path
@@ -16,7 +16,7 @@ import torch
 from peft import get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from pieces import about
+from pieces import RECORDS, about
 from transformer2_nbdev import rollout
 from transformer2_nbdev.adapter import SvfConfig
 from transformer2_nbdev.evaluate import write_atomic
@@ -90,7 +90,7 @@ def apart(size, form, folder):
 def main():
     raw = argparse.RawDescriptionHelpFormatter
     p = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
-    p.add_argument("--out", default=str(ROOT / "benchmarks" / "results" / "logprobs.json"))
+    p.add_argument("--out", default=str(RECORDS / "logprobs.json"))
     a = p.parse_args()
     torch.set_num_threads(1)
     rows = []

@@ -31,13 +31,13 @@ from pathlib import Path
 import peft, torch, transformers
 from peft import get_peft_model
 
-from pieces import pack, unpack
+from pieces import RECORDS
 from transformer2_nbdev import lab
 from transformer2_nbdev.adapt import fixed, load_experts
 from transformer2_nbdev.adapter import SvfConfig, svf_layers
 from transformer2_nbdev.paper import export_official, load_official
 from transformer2_nbdev.classifier import Classifier
-from transformer2_nbdev.evaluate import evaluate, mcnemar, write_atomic
+from transformer2_nbdev.evaluate import evaluate, mcnemar, pack, unpack, write_atomic
 from transformer2_nbdev.prompt import Dispatch
 from transformer2_nbdev.reinforce import ReinforceConfig, train_expert
 from transformer2_nbdev.svf import compose
@@ -304,7 +304,7 @@ if __name__ == "__main__":
     parse.add_argument("--seeds", type=int, nargs="+", default=list(VERDICT_SEEDS), help="of the verdicts")
     parse.add_argument("--minutes", type=float, default=float("inf"), help="begin nothing new after so long")
     parse.add_argument("--work", type=Path, default=Path("runs/paper-departures"), help="folder for the experts, in the official format")
-    parse.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "paper-departures.json")
+    parse.add_argument("--out", type=Path, default=RECORDS / "paper-departures.json")
     a = parse.parse_args()
     WORK, (_, TOK, TASKS) = a.work, lab.load("A")
     main(a)

@@ -1,4 +1,4 @@
-"""What the long benchmarks share: finished pieces as files, and answers of a test set in a few bytes."""
+"""What the long benchmarks share: where records go, finished pieces as files, distances."""
 import json, platform, time
 from pathlib import Path
 
@@ -7,6 +7,9 @@ import peft, torch, transformers
 from transformer2_nbdev.evaluate import write_atomic
 from transformer2_nbdev.reinforce import reference
 from transformer2_nbdev.rollout import kl_per_token, vocab_logprobs
+
+
+RECORDS = Path(__file__).resolve().parent.parent / "transformer2_nbdev" / "data" / "records"
 
 
 class Work:
@@ -20,17 +23,6 @@ class Work:
             write_atomic(path, json.dumps(make()) + "\n")
             print(f"{time.strftime('%H:%M:%S')} {key} {time.perf_counter() - began:.0f} s {path.read_text()[:150].strip()}", flush=True)
         return json.loads(path.read_text())
-
-
-def pack(answers): # evaluate's items, or true and false -> hex, one bit for each question
-    "Which questions were answered rightly, so that any two rows of a record can be paired later"
-    right = (a["correct"] if isinstance(a, dict) else a for a in answers)
-    return f"{int('1' + ''.join(str(int(r)) for r in right), 2):x}"     # a leading 1 keeps zeros
-
-
-def unpack(text):
-    "The list of true and false again"
-    return [c == "1" for c in f"{int(text, 16):b}"[1:]]
 
 
 @torch.no_grad()

@@ -1,6 +1,6 @@
 """The planner against reality: the peak memory of a real training step beside what was foretold.
 
-    python benchmarks/plan.py [--smollm FOLDER] [--out benchmarks/results/plan.json]
+    python benchmarks/plan.py [--smollm FOLDER] [--out plan.json]
 
 Every step runs in a process of its own. Measured is the resident memory of the process (VmHWM of
 /proc), less what it held before the model was made, over one `policy_step`: rollouts, loss,

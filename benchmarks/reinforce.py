@@ -12,7 +12,7 @@ The z of the last step is what is measured, so that nothing is chosen on a valid
 questions: greedy accuracy; mean reward and divergence from the base (nats an answer, exact at
 every place) of one sampled answer each. Finished runs are files in FOLDER, and an interrupted
 benchmark goes on from there. `--only TASK` makes one task's runs of `lambda` and writes no record.
-The record is benchmarks/results/reinforce.json; so far it holds `lambda` alone.
+The record is transformer2_nbdev/data/records/reinforce.json; so far it holds `lambda` alone.
 """
 import argparse, json, os, statistics, time
 from functools import cache
@@ -22,7 +22,7 @@ import torch
 from peft import get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from pieces import Work, about, nats_an_answer
+from pieces import RECORDS, Work, about, nats_an_answer
 from transformer2_nbdev import lab
 from transformer2_nbdev.adapter import SvfConfig
 from transformer2_nbdev.evaluate import evaluate, write_atomic
@@ -154,7 +154,7 @@ def main():
     p.add_argument("--only", choices=("math", "generous"))
     p.add_argument("--finished", action="store_true", help="`lambda`: record what there is")
     p.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    p.add_argument("--out", default=str(ROOT / "benchmarks" / "results" / "reinforce.json"))
+    p.add_argument("--out", default=str(RECORDS / "reinforce.json"))
     a = p.parse_args()
     torch.set_num_threads(1)
     out, work = Path(a.out), Work(a.work)

@@ -20,7 +20,7 @@ tasks and of code+math, which needs two skills (base A), of math-hard and code+m
                 matrix), code+math of base A
 
 Settings, seeds, rates and stopping rules were fixed before a test question was answered. The record
-benchmarks/results/rivals.json holds which questions each row got right, so any two can be paired.
+transformer2_nbdev/data/records/rivals.json holds which questions each row got right, so any two can be paired.
 Every finished piece is a small file in the work folder; interrupted, the script goes on from there.
 `--part NAME` makes one part, `--part write` the record of what is there.
 """
@@ -31,11 +31,11 @@ from pathlib import Path
 import torch
 from peft import IA3Config, LoraConfig, get_peft_model
 
-from pieces import Work, about, pack
+from pieces import RECORDS, Work, about
 from transformer2_nbdev import lab
 from transformer2_nbdev.adapt import fixed, load_experts
 from transformer2_nbdev.adapter import SvfConfig, resolve_targets
-from transformer2_nbdev.evaluate import evaluate, write_atomic
+from transformer2_nbdev.evaluate import evaluate, pack, write_atomic
 from transformer2_nbdev.fewshot import (OFFICIAL, BestOf, FewShot, Shots, Strength, draw_shots,
                                         evens, in_context, random_mixtures)
 from transformer2_nbdev.reinforce import ReinforceConfig, sft, train_expert
@@ -177,7 +177,7 @@ def plan(base, name, seed):
     return stages
 
 
-def opened(base, seed, name, found=[]):
+def opened(base, seed, name, found=[]):  # noqa: B006  (a cache of one)
     "A model with its experts, a task and its shots; the last one is kept"
     if not found or found[0] != (base, seed, name):
         model, tok, tasks = lab.load(base)
@@ -227,7 +227,7 @@ if __name__ == "__main__":
     parse = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parse.add_argument("--work", default="runs/rivals", help="folder for finished pieces")
     parse.add_argument("--part", choices=[*PARTS, "write"], help="only this")
-    out = Path(__file__).parent / "results" / "rivals.json"
+    out = RECORDS / "rivals.json"
     parse.add_argument("--out", type=Path, default=out)
     a = parse.parse_args()
     WORK = Work(a.work)

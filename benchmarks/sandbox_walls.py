@@ -13,8 +13,8 @@ from transformer2_nbdev import sandbox
 ap = argparse.ArgumentParser()
 ap.add_argument("--repeats", type=int, default=15)
 ap.add_argument("--libraries", default=None)
-results = Path(__file__).resolve().parent / "results"
-ap.add_argument("--out", default=str(results / "sandbox-walls.json"))
+RECORDS = Path(__file__).resolve().parent.parent / "transformer2_nbdev" / "data" / "records"
+ap.add_argument("--out", default=str(RECORDS / "sandbox-walls.json"))
 args = ap.parse_args()
 
 # The same keeper, judge and protocol; only the program's side is started by bubblewrap, in an

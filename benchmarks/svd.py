@@ -9,12 +9,13 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from pieces import RECORDS
 from transformer2_nbdev.svd import decompose
 
 ap = argparse.ArgumentParser()
 for name, default in dict(m=1024, n=4096, repeats=7, seed=0, threads=1).items(): ap.add_argument(f"--{name}", type=int, default=default)
 ap.add_argument("--device", default="cpu")
-ap.add_argument("--out", default=str(Path(__file__).resolve().parent / "results" / "svd.json"))
+ap.add_argument("--out", default=str(RECORDS / "svd.json"))
 args = ap.parse_args()
 torch.set_num_threads(args.threads); torch.manual_seed(args.seed)
 sync = torch.cuda.synchronize if args.device.startswith("cuda") else lambda: None

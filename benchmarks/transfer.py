@@ -1,6 +1,6 @@
 """When does an expert survive a change of model, and when does the order of its numbers matter?
 
-    python benchmarks/transfer.py [--parts carry train stability shuffles mix home --out benchmarks/results/transfer.json --work runs/transfer]
+    python benchmarks/transfer.py [--parts carry train stability shuffles mix home --out transfer.json --work runs/transfer]
 
 The experts that ship with lab base A (math, code, logic; seed 0) are carried to three other bases. Everything is answered greedily on the 1,002
 test items of a task and compared with the target's own base item by item. Six parts, each usable without the later ones:
@@ -30,7 +30,7 @@ from pathlib import Path
 import peft, torch, transformers
 from peft import PeftModel
 
-from pieces import Work
+from pieces import RECORDS, Work
 from transformer2_nbdev import lab
 from transformer2_nbdev.adapt import load_experts
 from transformer2_nbdev.adapter import svf_layers, zs
@@ -432,5 +432,5 @@ if __name__ == "__main__":
     p.add_argument("--only", nargs=2, metavar=("TARGET", "EXPERT"), help="`null` of one transfer, without writing the record")
     p.add_argument("--folders", nargs="+", help="`real`: one checkpoint, whose layers are compared; or two, which are compared with each other")
     p.add_argument("--data", type=Path, default=Path(os.environ.get("TRANSFORMER2_DATA", "../shared/data")), help="published data, for `real`")
-    p.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "transfer.json")
+    p.add_argument("--out", type=Path, default=RECORDS / "transfer.json")
     main(p.parse_args())

@@ -19,7 +19,7 @@ What is compared within a part is the rate that the rule of benchmarks/baselines
 changed to that of room 15. The room shows both rates where they part.)
 `--finished` starts no run and records those that are there.
 
-The record is benchmarks/results/why.json.
+The record is transformer2_nbdev/data/records/why.json.
 """
 import argparse, json, time
 from pathlib import Path
@@ -28,15 +28,16 @@ import torch, transformers
 from peft import TinyLoraConfig, get_peft_model
 
 import baselines as b
-from pieces import Work, about
+from pieces import RECORDS, Work, about
 from transformer2_nbdev import lab, why
 from transformer2_nbdev.adapter import SvfConfig
+from transformer2_nbdev.baselines import from_config, names_of
 from transformer2_nbdev.evaluate import write_atomic
 
 
 def tiny(model, modules="all-linear"):
     "TinyLoRA with one vector of 13 numbers for all matrices"
-    names = b.names_of(model, modules)
+    names = names_of(model, modules)
     return get_peft_model(model, TinyLoraConfig(target_modules=names, r=2, u=13, weight_tying=1.))
 
 
@@ -46,7 +47,7 @@ def kind(make, **options):
 
 
 def rank(k):
-    return b.peft(lambda names: SvfConfig(target_modules=names, rank=k))
+    return from_config(lambda names: SvfConfig(target_modules=names, rank=k))
 
 
 AXIS = {                                           # name: (bare model -> PEFT model, two rates)
@@ -87,36 +88,6 @@ def kl_sweep(work, method, lr):
     return b.gather((lambda x=x, s=s: one(x, s)) for x in LAMBDAS for s in (0, 1))
 
 
-def gradients(factors, loss):
-    "d loss / d log s of every singular value of a LoRA, on 128 training prompts: {module: (r,)}"
-    probe, seen = why.reparametrise(lab.load("A")[0], why.along(factors)), {}
-    name = lambda n: n.split("base_model.model.", 1)[-1].split(".ln_tuning_layers", 1)[0]
-    def note(n): return lambda g: seen.__setitem__(n, seen.get(n, 0) + g.clone())
-    for n, p in probe.named_parameters():
-        if p.requires_grad: p.register_hook(note(name(n)))
-    one = dict(steps=1, batch_size=128, val_limit=10, val_every=0)
-    b.fit(probe, b.world()[1]["math"], loss, 1e-12, 0, **one)
-    return seen
-
-
-def guided(g, S):
-    "Values the loss wants smaller shrink, the others grow, by a factor e at most; their sum stays"
-    push = torch.exp(-g / g.abs().max().clamp(min=1e-12))
-    return S * push * (S.sum() / (S * push).sum())
-
-
-def surgeries(g, seed):
-    "{name: f(module, S) -> another spectrum}; g: the gradients"
-    first = lambda k: lambda n, S: torch.where(torch.arange(len(S)) < k, S, 0.)
-    def shuffled(n, S):
-        return S[torch.randperm(len(S), generator=torch.Generator().manual_seed(seed))]
-    return {"strongest only": first(1), "four strongest": first(4),
-            "all but the strongest": lambda n, S: S - first(1)(n, S),
-            "all equal": lambda n, S: S.mean().expand(len(S)), "shuffled": shuffled,
-            "all a fifth smaller": lambda n, S: .8 * S, "all a fifth larger": lambda n, S: 1.2 * S,
-            "led by a gradient": lambda n, S: guided(g[n], S)}
-
-
 def surgery(work, loss, lr, seed):
     "A trained LoRA with other spectra"
     def test(model):
@@ -128,7 +99,7 @@ def surgery(work, loss, lr, seed):
         model.eval()
         factors, out = why.lora_factors(model), {"as trained": test(model)}
         state = {n: p.detach().clone() for n, p in model.named_parameters() if "lora_" in n}
-        for name, f in surgeries(gradients(factors, loss), seed).items():
+        for name, f in why.surgeries(why.gradients(factors, loss), seed).items():
             with torch.no_grad():
                 for n, p in model.named_parameters(): p.copy_(state.get(n, p))
             out[name] = test(why.reweight(model, f))
@@ -172,7 +143,7 @@ if __name__ == "__main__":
                        help="seeds on which the chosen rate is repeated")
     parse.add_argument("--losses", nargs="+", default=b.LOSSES, choices=b.LOSSES)
     parse.add_argument("--finished", action="store_true", help="start no run, record what is there")
-    parse.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "why.json")
+    parse.add_argument("--out", type=Path, default=RECORDS / "why.json")
     a = parse.parse_args()
     transformers.utils.logging.disable_progress_bar()
     torch.set_num_threads(1)

@@ -4,7 +4,7 @@ from itertools import groupby
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
-from reader import ROOT, reference, rooms, settings, tutorials
+from reader import reference, rooms, settings, tutorials
 
 s, book, lessons = settings(), rooms(), tutorials()
 project, author, version = s["title"], s["author"], s["version"]

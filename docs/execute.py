@@ -1,11 +1,17 @@
 #!/usr/bin/env python
-"""Run notebooks in place under nbdev_test's rules and keep their outputs: `python docs/execute.py [notebook ...]` (default: all).
+"""Run notebooks in place under nbdev_test's rules and keep their outputs.
+
+    python docs/execute.py [notebook ...]            (default: all)
+    python docs/execute.py --alone [notebook ...]    from the installed package, in an empty folder
 
 The rules are nbdev_test's: cells headed `#| gpu`, `#| network`, `#| slow` (settings.ini, tst_flags) or `#| eval: false` do not run unless
 `--flags` names them, and keep the outputs they have. Every notebook gets a fresh process with one thread and a fixed hash seed, so that a
 second run writes the same bytes wherever seeds are set. The first error stops everything; a notebook that failed is left as it was.
+
+`--alone` is what a reader on another machine has: a copy of one notebook, the package that is
+installed (a wheel, not this clone), no hub, no published data. It writes nothing back.
 """
-import argparse, base64, hashlib, io, os, re, subprocess, sys, time
+import argparse, base64, hashlib, io, os, re, shutil, subprocess, sys, tempfile, time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -15,7 +21,7 @@ MAX_NB, MAX_FIG = 250_000, 50_000          # bytes a notebook and a figure may w
 
 
 def notebooks() -> list:
-    "Every notebook of the book in reading order, the front door first."
+    "Every notebook of the book in order, the front door first; those that ask a real model, by name."
     return [ROOT / "index.ipynb", *sorted((ROOT / "nbs").glob("[0-9]*.ipynb"))]
 
 
@@ -30,7 +36,7 @@ def stable_ids(cells):
         seen.add(c.setdefault("id", new))
 
 
-RE_LIBRARY_WARNING = re.compile(r"^\S*site-packages/\S+:\d+: \w*Warning: .*\n(?:[ \t]+.*\n)?", re.M)
+RE_LIBRARY_WARNING = re.compile(r"^\S*site-packages/\S+:\d+: \w*Warning: .*\n(?:[ \t]+.*\n)?|^Failed to load CPU gemm_4bit_forward.*\n?", re.M)
 
 
 def lighter(png: str) -> str: # base64, in and out
@@ -59,7 +65,7 @@ def quiet(outputs: list) -> list:
     return kept
 
 
-def run(path: Path, flags: set) -> str:
+def run(path: Path, flags: set, clone: bool = True) -> str: # clone: import the library from here
     "Execute one notebook in this process, write it, and say what it took."
     import json
     from execnb.nbio import dict2nb, write_nb
@@ -84,8 +90,10 @@ def run(path: Path, flags: set) -> str:
 
     shell, start = CaptureShell(path, mpl_format="png"), time.time()
     shell._run(f"import matplotlib; matplotlib.rcParams['figure.dpi'] = {DPI}; matplotlib.rcParams['savefig.dpi'] = 'figure'; del matplotlib")
-    shell._run("set_matplotlib_formats('png', pil_kwargs={'optimize': True})")
-    sys.path.insert(0, str(ROOT)); os.chdir(path.parent)
+    shell._run("set_matplotlib_formats('retina', pil_kwargs={'optimize': True})")   # two pixels a point, shown at the size asked for
+    if clone: sys.path.insert(0, str(ROOT))
+    else: not_the_clone()
+    os.chdir(path.parent)
     for i, cell in enumerate(nb.cells):
         if skipped(cell): continue
         cell.outputs = []
@@ -98,6 +106,26 @@ def run(path: Path, flags: set) -> str:
             if png := o.get("data", {}).get("image/png"): o["data"]["image/png"] = lighter("".join(png))
     clean_nb(nb); write_nb(nb, path)
     return f"{time.time() - start:.1f} s, {path.stat().st_size / 1000:.0f} kB" + "".join(heavy(nb, path))
+
+
+def not_the_clone():
+    "Refuse to import the library from this clone."
+    sys.path[:] = [p for p in sys.path if Path(p or ".").resolve() not in (ROOT, ROOT / "docs")]
+    import transformer2_nbdev
+    if Path(transformer2_nbdev.__file__).resolve().is_relative_to(ROOT / "transformer2_nbdev"):
+        sys.exit("--alone wants the package installed from a wheel, and this Python imports the clone")
+
+
+def alone(path: Path, python: str = sys.executable, flags: str = "", timeout: float = None):
+    "A copy of one notebook in an empty folder, run by `python`: the finished process, its text in stdout"
+    drop = ("PYTHONPATH", "TRANSFORMER2_DATA")
+    env = {k: v for k, v in os.environ.items() if k not in drop} | ENV
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(shutil.copy(path, folder))
+        env |= dict(HF_HUB_OFFLINE="1", HF_HOME=f"{folder}/.hub")
+        command = [python, __file__, "--here", "--alone", "--flags", flags, str(copy)]
+        return subprocess.run(command, env=env, cwd=folder, timeout=timeout, text=True,
+                              stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
 
 
 def heavy(nb, path: Path):
@@ -114,11 +142,18 @@ def main():
     parser.add_argument("paths", nargs="*", type=Path, help="notebooks; default: all, in reading order")
     parser.add_argument("--flags", default="", help='run cells with these flags too, e.g. "gpu slow"')
     parser.add_argument("--here", action="store_true", help=argparse.SUPPRESS)      # one notebook in this process
+    parser.add_argument("--alone", action="store_true",
+                        help="copies in an empty folder, from the installed package")
     args = parser.parse_args()
-    if args.here: return print(run(args.paths[0].resolve(), set(args.flags.split())))
+    if args.here: return print(run(args.paths[0].resolve(), set(args.flags.split()), not args.alone))
     for path in [p.resolve() for p in args.paths] or notebooks():
         if not path.is_file(): sys.exit(f"{path}: no such notebook")
         print(f"{path.name:24}", end="", flush=True)
+        if args.alone:
+            done = alone(path, flags=args.flags)
+            print(done.stdout, end="")
+            if done.returncode: sys.exit(1)
+            continue
         if subprocess.run([sys.executable, __file__, "--here", "--flags", args.flags, str(path)], env={**os.environ, **ENV}).returncode: sys.exit(1)
 
 

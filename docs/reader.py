@@ -1,7 +1,8 @@
 """The book as Sphinx sees it: which rooms there are, what they export, and every notebook turned into cells that myst-nb renders.
 
-Notebooks are read as they are; nothing is executed. nbdev's directives become what they mean on a page: `#| hide` cells vanish, exported
-cells carry a bar with their names and a link to the library's source, import cells and `#| exporti` fold away, callouts become admonitions.
+Notebooks are read as they are; nothing is executed. nbdev's directives become what they mean on a page: `#| hide` cells fold into
+a line that says Set-up, exported cells carry a bar with their names and a link to the library's source, import cells and `#| exporti` fold
+away, callouts become admonitions.
 """
 import ast, json, re
 from configparser import ConfigParser
@@ -177,7 +178,7 @@ def markdown(text: str, room: Room, known: dict) -> str:
         if (folder / (m[2] + m[3])).exists(): return m[0]       # as it is written
         if m[3] == "index.ipynb": return f"[{m[1]}]({'../' if room else ''}index.ipynb{m[4] or ''})"
         return f"[{m[1]}]({here}{m[3]}{m[4] or ''})" if (ROOT / "nbs" / m[3]).exists() else m[1]
-    text = RE_ROOM_LINK.sub(room_link, RE_CALLOUT.sub(callout, text))
+    text = RE_ROOM_LINK.sub(room_link, RE_CALLOUT.sub(callout, text)).replace('src="docs/_static/', 'src="_static/')
     return link_names(RE_PAPER.sub("{.paper-says}\n", text) if not text.startswith("# ") else text, room, known)
 
 
@@ -220,8 +221,9 @@ def code(cell: dict, room: Room) -> list:
     "A code cell as the cells that show it."
     source = "".join(cell["source"])
     d, body = directives(source), RE_DIRECTIVE.sub("", source).strip("\n")
-    if d.keys() & {"hide", "default_exp"} or d.get("include") == "false" or not body: return []
+    if "default_exp" in d or d.get("include") == "false" or not body: return []
     exported, nodes = bool(d.keys() & {"export", "exports"}), definitions(body)
+    if "hide" in d and not nodes: return []                       # the install cell of Colab is not Python
     tags, myst, bar = [f for f in ("gpu", "network", "slow") if f in d], {}, export_bar(body, room) if exported and room else ""
     if exported: tags.append("exported")
     outputs = cell.get("outputs", [])
@@ -230,11 +232,14 @@ def code(cell: dict, room: Room) -> list:
     if d.get("echo") == "false" or "hide_input" in d: tags.append("remove-input")
     if d.get("output") == "false" or "hide_output" in d: tags.append("remove-output")
     imports = nodes and all(isinstance(n, (ast.Import, ast.ImportFrom)) for n in nodes)
-    if imports or "exporti" in d or d.get("code-fold") == "true":
+    if imports or d.keys() & {"exporti", "hide"} or d.get("code-fold") == "true":
         tags.append("hide-input")
-        title = d.get("code-summary", "Imports" if imports else "Helpers" if "exporti" in d else "Code").strip("\"'")
+        plain = "Set-up" if "hide" in d else "Imports" if imports else "Helpers" if "exporti" in d else "Code"
+        title = d.get("code-summary", plain).strip("\"'")
         myst["code_prompt_show"] = myst["code_prompt_hide"] = title
     if "fig-cap" in d: myst["figure"] = {"caption": d["fig-cap"].strip("\"'")}
+    widths = [w for o in outputs if (w := o.get("metadata", {}).get("image/png", {}).get("width"))]
+    if widths: myst["image"] = {"width": f"{widths[0]}px"}       # a picture has two pixels a point
     out = nbformat.v4.new_code_cell(body, metadata={"tags": tags} | ({"mystnb": myst} if myst else {}))
     out.outputs = [nbformat.from_dict(o) for o in outputs]
     return ([nbformat.v4.new_markdown_cell(bar)] if bar else []) + [out]

@@ -1,5 +1,5 @@
 """Rooms 09 to 11 beyond what their readers see: same tokens as each expert alone, every generation option, every bad input."""
-import json, threading
+import threading
 
 import pytest, torch
 from peft import LoraConfig, PeftModel, get_peft_model

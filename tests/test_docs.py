@@ -8,6 +8,7 @@ from urllib.parse import unquote, urldefrag, urlsplit
 
 import numpy as np
 import pytest
+from live import picture, turned
 from reader import RE_BADGE, RE_CALLOUT, callout, directives, link_names, markdown, read, rooms, tutorials
 from readme import readme
 
@@ -24,11 +25,12 @@ def test_the_reader_knows_nbdevs_directives():
     assert directives("#| export\nimport torch") == {"export": ""} and directives("x = 1  #| hide") == {}
     assert directives("#| echo: false\n#| fig-cap: a, b\nx") == {"echo": "false", "fig-cap": "a, b"}
     room = rooms()[0]
-    cells = ["#| default_exp a", "#| hide\nsecret = 1", "#| export\nimport re, os", "#| gpu\nassert 1", "#| echo: false\nprint()"]
+    cells = ["#| default_exp a", "#| hide\n%pip install x", "#| hide\nsecret = 1", "#| export\nimport re, os", "#| gpu\nassert 1", "#| echo: false\nprint()"]
     nb = dict(cells=[dict(cell_type="code", source=s, outputs=[]) for s in cells])
     shown = read(json.dumps(nb), room.doc).cells
-    assert [c.source for c in shown] == ["import re, os", "assert 1", "print()"]
-    assert [c.metadata.tags for c in shown] == [["exported", "hide-input"], ["gpu"], ["remove-input"]]
+    assert [c.source for c in shown] == ["secret = 1", "import re, os", "assert 1", "print()"]
+    assert [c.metadata.tags for c in shown] == [["hide-input"], ["exported", "hide-input"], ["gpu"], ["remove-input"]]
+    assert shown[0].metadata.mystnb["code_prompt_show"] == "Set-up"
 
 
 def test_callouts_the_papers_voice_and_links():
@@ -229,15 +231,18 @@ def test_nothing_is_clipped(site, address, width, tmp_path):
     assert count > 500 and not clipped, f"{len(clipped)} of {count} clipped at {width} px:\n" + "\n".join(clipped[:40])
 
 
-PIXELS = """
-const press = name => [...document.querySelectorAll(".live-svd button")].find(b => b.textContent.startsWith(name)).click();
+CANVAS = """
 const look = () => { const c = document.querySelector(".live-svd canvas"), d = c.getContext("2d").getImageData(0, 0, c.width, c.height).data;
   return {width: c.width, grey: [...d].filter((_, i) => i % 4 == 0), says: document.querySelector(".live-svd output").textContent}; };
+"""
+PIXELS = CANVAS + """
+const press = name => [...document.querySelectorAll(".live-svd button")].find(b => b.textContent.startsWith(name)).click();
 const seen = {base: look()};
 press("the first three"); seen.three = look();
 const first = document.querySelector(".live-svd input");
 press("base"); first.value = 0.5; first.dispatchEvent(new Event("input")); seen.half = look();
 press("base"); seen.again = look();
+first.focus();
 arguments[0](seen);
 """
 
@@ -249,6 +254,8 @@ def test_the_live_figure_computes_what_it_says(address, tmp_path):
     try:
         browser.open(f"{address}/index.html")
         seen = browser.run(PIXELS)
+        browser.cdp("Input.dispatchKeyEvent", type="rawKeyDown", key="ArrowLeft", code="ArrowLeft", windowsVirtualKeyCode=37)
+        seen["keys"] = browser.run(CANVAS + "arguments[0](look())")
     finally: browser.close()
     W = {k: np.array(v["grey"], float).reshape(-1, v["width"]) for k, v in seen.items()}
     U, S, Vh = np.linalg.svd(W["base"], full_matrices=False)
@@ -258,6 +265,14 @@ def test_the_live_figure_computes_what_it_says(address, tmp_path):
         share = np.sqrt((((z - 1) * S) ** 2).sum() / (S ** 2).sum())
         assert abs(float(seen[name]["says"].split("=")[1]) - share) < .003
     assert (W["again"] == W["base"]).all() and np.ptp(W["base"]) > 200
+    assert (W["base"] == np.rint(255 * picture())).all(), "docs/live.py draws another picture"
+    assert np.abs(W["keys"] - 255 * turned(np.where(np.arange(len(S)) == 0, .99, 1))).max() <= .51, "a key moves z by one hundredth"
+
+
+def test_without_a_script_a_picture_stands_there(site):
+    html = (site / "index.html").read_text(encoding="utf-8")
+    source = re.search(r'class="live-svd"><img src="([^"]+)"', html)[1]
+    assert (site / source).read_bytes()[:4] == b"\x89PNG"
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

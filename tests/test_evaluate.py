@@ -1,5 +1,5 @@
 "Evaluation: published statistics, the same bytes twice (also in another process and after a cut at any place), and refusals."
-import json, math, subprocess, sys
+import json, subprocess, sys
 from pathlib import Path
 
 import numpy as np

@@ -1,6 +1,5 @@
 "The lab: its promises about questions, splits, the flaw, and the folders that ship."
-import json, random
-from pathlib import Path
+import random
 
 import pytest, torch
 from transformers import AutoModelForCausalLM, AutoTokenizer

@@ -6,7 +6,7 @@ import pytest, torch
 from peft import PeftModel, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
-from transformer2_nbdev import paper
+from transformer2_nbdev import paper, record
 from transformer2_nbdev.adapter import SvfConfig, svf_layers, zs
 from transformer2_nbdev.evaluate import hierarchical
 from transformer2_nbdev.paper import export_official, load_official
@@ -180,7 +180,7 @@ def test_changed_fields():
 
 
 @pytest.fixture(scope="module")
-def lab_record(): return json.loads((ROOT / "benchmarks" / "results" / "paper-departures.json").read_text())
+def lab_record(): return record("paper-departures")
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,6 @@
 import fcntl, os, pty, struct, subprocess, sys, termios
 from pathlib import Path
 
-import pytest
 
 import transformer2_nbdev
 from transformer2_nbdev import progress_bar

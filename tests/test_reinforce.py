@@ -107,7 +107,7 @@ def test_more_processes_than_chunks_is_refused(monkeypatch):
 
 
 def gradient(**kw):
-    run = reinforce.begin(model := toy.policy(), toy.tokenizer(), toy.DOG, config(**kw), None)
+    run = reinforce.begin(toy.policy(), toy.tokenizer(), toy.DOG, config(**kw), None)
     with torch.no_grad():
         for p in run.params.values(): p.add_(torch.linspace(-.2, .2, len(p)))
     run.ahead = torch.linspace(.5, 0, run.tokens)
@@ -125,7 +125,7 @@ def test_fused_and_additive_and_any_micro_batch_give_the_same_gradient(kw):
 
 
 def test_bf16_stays_near_fp32():
-    (a, _), (b, m) = gradient(fused=False, autocast="bf16", kl=0., advantage="none", temperature=0.), gradient(fused=False, kl=0., advantage="none", temperature=0.)
+    (a, _), (b, _) = gradient(fused=False, autocast="bf16", kl=0., advantage="none", temperature=0.), gradient(fused=False, kl=0., advantage="none", temperature=0.)
     a, b = (torch.cat([g.flatten() for g in x.values()]) for x in (a, b))
     assert torch.cosine_similarity(a, b, 0) > .95 and not torch.equal(a, b)
 
@@ -136,7 +136,7 @@ def test_the_base_is_bit_identical_and_the_model_carries_the_best_z(tmp_path):
     z = {n: p.detach() for n, p in model.named_parameters() if p.requires_grad}
     same({n.replace(".default", ""): v for n, v in z.items()}, adapter(tmp_path / "x"))
     after = dict(model.unload().named_parameters())
-    same({n: p for n, p in after.items()}, before)
+    same(dict(after), before)
     assert h.best_step in [m["step"] for m in h.metrics if "val_reward" in m]
     again = PeftModel.from_pretrained(toy.base(), tmp_path / "x")
     r = evaluate.evaluate(again, toy.tokenizer(), toy.DOG, split="validation", progress=False)
@@ -240,7 +240,7 @@ def test_over_all_pairs_of_answers_leave_one_out_is_exact_and_group_points_the_s
     assert abs(pi.sum().item() - 1) < 1e-12
     reward = torch.tensor([1., -1., -1., 1., -1.] * 2 + [-1., 1., -1.])
     exact = per_answer([(pi * reward).sum()], z)[0]
-    loglik = per_answer([l for l in -reinforce.policy_loss(model, every, torch.ones(13), lam=0.)[0]], z)   # grad log pi of each answer
+    loglik = per_answer(list(-reinforce.policy_loss(model, every, torch.ones(13), lam=0.)[0]), z)   # grad log pi of each answer
     p, expected = pi.detach(), {}
     for how in ("leave-one-out", "group"):
         A = torch.tensor([[advantages(reward[[i, j]], how, samples=2).tolist() for j in range(13)] for i in range(13)])

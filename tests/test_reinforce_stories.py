@@ -1,11 +1,11 @@
 """The main job on a real checkpoint: an expert that tells stories about dogs, trained by the command line on a 260K-parameter Llama that others trained."""
 import json, os, subprocess, sys
-from pathlib import Path
 
 import pytest
 import torch
 from typer.testing import CliRunner
 
+from transformer2_nbdev import shipped
 from transformer2_nbdev.cli import app
 from transformer2_nbdev.evaluate import wilson
 
@@ -24,9 +24,8 @@ print(json.dumps([before, after]))
 
 
 @pytest.mark.timeout(1800)
-def test_stories_with_dogs(tmp_path, published, root):
-    folder = published / "stories260k"
-    if not folder.is_dir(): pytest.skip(f"no checkpoint at {folder}")
+def test_stories_with_dogs(tmp_path, root):
+    folder = shipped("stories260k")
     (tmp_path / "reward.py").write_text('def dog(text, example): return 1. if "dog" in text.lower() else -1.\n')
     (tmp_path / "prompts.txt").write_text("Once upon a time\n")
     disk = (folder / "model.safetensors").read_bytes()

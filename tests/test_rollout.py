@@ -1,6 +1,5 @@
 "Rollouts against hostile tokenizers, models and callers, and against the real checkpoint stories260k."
-import json, math, os
-from pathlib import Path
+import json, math
 
 import pytest
 import torch
@@ -9,6 +8,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import (AutoModelForCausalLM, AutoTokenizer, GenerationConfig, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM,
                           PreTrainedTokenizerFast)
 
+from transformer2_nbdev import shipped
 from transformer2_nbdev.adapter import SvfConfig
 from transformer2_nbdev.fused import fused
 from transformer2_nbdev.mixture import mixture
@@ -17,7 +17,7 @@ from transformer2_nbdev.rollout import (Recorder, encode, entropy, eos_ids, fork
                                         sample_batch, sample_steps, sample_whole, sampling_config, token_logprobs, undisturbed, until_eos, vocab_logprobs)
 from transformer2_nbdev.tasks import Task, Verdict
 
-STORIES = Path(os.environ.get("TRANSFORMER2_DATA", Path(__file__).resolve().parents[2] / "shared" / "data")) / "stories260k"
+STORIES = shipped("stories260k")
 PROMPTS = ["w3 w4 w5 w6 w7 w8", "w3", "w9 w9", "w4 w5 w6 w7 w8 w9 w10 w11 w12 w13"] * 3
 
 
@@ -60,7 +60,6 @@ def test_recorded_equals_recomputed(make, temperature, batch_size):
     assert gap(model, g) < 1e-4 and gap(model, g, batch_size=4) < 1e-4
 
 
-@pytest.mark.skipif(not (STORIES / "model.safetensors").exists(), reason=f"the checkpoint stories260k is not at {STORIES}")
 @pytest.mark.parametrize("temperature", [0., .7, 1.])
 def test_recorded_equals_recomputed_on_a_real_checkpoint(temperature):
     model, tok = AutoModelForCausalLM.from_pretrained(STORIES, dtype=torch.float32), AutoTokenizer.from_pretrained(STORIES)

@@ -1,5 +1,5 @@
 "The sandbox with friendly programs: values that cross, statuses, protections, errors in one line."
-import collections, os, subprocess, sys
+import os, subprocess, sys
 import pytest
 from transformer2_nbdev.sandbox import run_program, run_many, protections, isolation, Outcome
 

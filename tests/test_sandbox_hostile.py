@@ -188,7 +188,7 @@ def test_io_uring_is_no_way_round(attack):
     assert out.output.split() == ["-1", "1"]
 
 def test_regaining_privileges(attack):
-    out = attack(f"""
+    out = attack("""
 import ctypes, os
 l = ctypes.CDLL(None, use_errno=True)
 print(l.unshare(0x10000000), l.mount(b'none', b'/', None, 32 | 4096, None), l.chroot(b'.'), l.ptrace(16, os.getppid(), 0, 0))
@@ -215,7 +215,7 @@ for pid in (os.getppid(), {os.getpid()}, {bystander.pid}, -1, 0, -os.getpgid(0))
                           "error")            # in its own process table, kill(-1) may end the program itself
 
 def test_daemonising_children(attack):
-    attack(f"""
+    attack("""
 import os, time
 try:
     if os.fork() == 0:

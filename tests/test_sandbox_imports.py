@@ -1,5 +1,5 @@
 "The judge imports nothing that a program could have put in its way, under every set of walls."
-import os, subprocess, sys, tempfile
+import os, sys
 from pathlib import Path
 import pytest
 from transformer2_nbdev.sandbox import run_program, _run, _MODES, _config

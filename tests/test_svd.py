@@ -168,7 +168,7 @@ def test_fingerprint_across_precisions():
 def test_gradient_from_the_square_in_micro_batches():
     W, x, target = weight(20, 50), weight(64, 50, 1), weight(64, 20, 2)
     F, z = decompose(W), torch.linspace(0.6, 1.4, 20).requires_grad_()
-    (svf_linear(x, W, F, z) - target).square().sum().backward()
+    (svf_linear(lambda x: x @ W.T, x, F.Q, z, F.side) - target).square().sum().backward()
     Wp, M = compose(W, z.detach(), F), torch.zeros(20, 20)
     for part in range(0, 64, 16):
         y = x[part:part + 16] @ Wp.T

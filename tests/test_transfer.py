@@ -6,13 +6,13 @@ import pytest, torch
 from peft import get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from transformer2_nbdev import lab
+from transformer2_nbdev import lab, shipped
 from transformer2_nbdev.adapter import SvfConfig, svf_layers, zs
 from transformer2_nbdev.evaluate import bootstrap, mcnemar
 from transformer2_nbdev.transfer import HOWS, alike, kinship, transfer
 
 ROOT = Path(__file__).resolve().parent.parent
-RECORD = ROOT / "benchmarks" / "results" / "transfer.json"
+RECORD = shipped("records/transfer.json")
 
 
 def llama(seed=0, **kw):

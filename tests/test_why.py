@@ -1,5 +1,5 @@
 """What a reader of room 16 need not see: exact splits, starts, gradients, records."""
-import json, sys
+import sys
 from collections import OrderedDict
 from pathlib import Path
 
@@ -7,17 +7,18 @@ import pytest, torch
 from peft import IA3Config, LNTuningConfig, LoraConfig, TinyLoraConfig, get_peft_model
 from torch import nn
 
-from transformer2_nbdev import why
+from transformer2_nbdev import record, why
 from transformer2_nbdev.adapter import SvfConfig
+from transformer2_nbdev.baselines import contrast, student_p
+from transformer2_nbdev.evaluate import pack, unpack
 from transformer2_nbdev.svd import decompose
 from transformer2_nbdev.svf import compose
 
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 import baselines, why as benchmark
-from pieces import pack, unpack
-RECORD, SHARED = (json.loads((BENCHMARKS / "results" / f).read_text())
-                  for f in ("why.json", "baselines.json"))
+
+RECORD, SHARED = map(record, ("why", "baselines"))
 SHAPES = [(8, 12), (12, 8), (10, 10)]                                   # left, right, square
 KINDS = dict(volume=why.volume(), svf=why.directions(), third=why.third(1), band=why.band(1),
              block=why.block(3), rotated=why.rotated(4))
@@ -224,18 +225,18 @@ def test_a_contrast_counts_seeds_and_questions():
     g = torch.Generator().manual_seed(0)
     a, b = ((torch.rand(3, 501, generator=g) < p).int().tolist() for p in (.6, .8))
     one, two = ([dict(bits=bits_of(x)) for x in rows] for rows in (a, b))
-    d, half, p = baselines.contrast(one, two, "t")
+    d, half, p = contrast(one, two, "t")
     assert d == pytest.approx(100 * (sum(map(sum, b)) - sum(map(sum, a))) / 1503) and p < 1e-3
-    back, same, q = baselines.contrast(two, one, "t")
+    back, same, q = contrast(two, one, "t")
     assert (back, same, q) == pytest.approx((-d, half, p))
-    assert half > baselines.contrast(one[:1], two[:1], "t")[1] * 3 ** -.5
-    assert baselines.contrast(one, one, "t")[::2] == (0, 1)
+    assert half > contrast(one[:1], two[:1], "t")[1] * 3 ** -.5
+    assert contrast(one, one, "t")[::2] == (0, 1)
 
 
 @pytest.mark.parametrize("t, df, p", [
     (2.776, 4, .05), (12.706, 1, .05), (1.96, 10 ** 6, .05), (0, 3, 1)])
 def test_students_p_against_the_tables(t, df, p):
-    assert baselines.student_p(t, df) == pytest.approx(p, abs=2e-4)
+    assert student_p(t, df) == pytest.approx(p, abs=2e-4)
 
 
 def test_an_unfinished_run_is_left_out_and_not_started(tmp_path):

@@ -9,10 +9,10 @@ __all__ = ['RESERVED', 'one_hot', 'fixed', 'told', 'weight_rows', 'how_to_genera
 
 # %% ../nbs/10_adapt.ipynb #fa44a273
 import json, time
+from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Callable
 
 import torch
 from peft import PeftModel

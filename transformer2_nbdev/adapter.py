@@ -33,7 +33,7 @@ from transformers.pytorch_utils import Conv1D
 
 from . import progress_bar
 from .svd import cached_decompose, fingerprint
-from .svf import compose, effective, is_target, scale
+from .svf import compose, effective, is_target, svf_linear
 
 # %% ../nbs/02_adapter.ipynb #0b75f0b2
 class SvfType(str, Enum):
@@ -259,11 +259,10 @@ def additive(layer: "SvfLinear",
              x: torch.Tensor, # (..., in)
              d: torch.Tensor  # (k,) for all samples, or (B, k)
             ) -> torch.Tensor: # (..., out)
-    "W'x: room 01's `scale` on what the base layer gave (left), or on what it gets (right)"
+    "W'x: room 01's `svf_linear` around the layer as it is"
     Q, z = basis(layer, x.device)[:, : d.shape[-1]], 1 + per_sample(d, x)
-    if layer.side == "right": return layer.base_layer(scale(x, Q, z))
     bias = getattr(layer.get_base_layer(), "bias", None)
-    return scale(layer.base_layer(x), Q, z, bias)
+    return svf_linear(layer.base_layer, x, Q, z, layer.side, bias)
 
 # %% ../nbs/02_adapter.ipynb #fb6fd165
 def per_sample(d: torch.Tensor, # (k,) for all samples, or (B, k)
@@ -746,7 +745,8 @@ def check_at_hand(model: nn.Module) -> None:
     "Refuse an offloaded base whose weights nobody fetches any more"
     where = {n: str(d) for n, d in (getattr(model, "hf_device_map", None) or {}).items()}
     alone = set(where.values()) <= {"cpu", "disk"}                # no accelerator: cpu is home
-    away = tuple(f"{n}." for n, d in where.items() if d in (("disk",) if alone else ("disk", "cpu")))
+    places = ("disk",) if alone else ("disk", "cpu")
+    away = tuple(f"{n}." for n, d in where.items() if d in places)
     for n, m in model.named_modules():
         if not f"{n}.".startswith(away) or not isinstance(m, nn.Linear): continue
         if getattr(getattr(m, "_hf_hook", None), "offload", False): return

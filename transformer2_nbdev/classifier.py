@@ -20,12 +20,13 @@ class Classifier(Dispatch):
         self, model: PeftModel, tokenizer,
         labels: dict,                       # {label: expert}; None as the expert means the base
         expert: str = "cls",                # name of the classification expert
-        folder: str | Path = None,          # where to load it from; None: it is on the model already
+        folder: str | Path = None,          # where to load it from; None: it is on the model
         **kwargs                            # of `Dispatch`: method, ask, read, say, ...
     ):
         if expert in labels.values():
             raise ValueError(
-                f"{expert!r} is the classifier and cannot answer as well: give labels the experts that answer"
+                f"{expert!r} is the classifier and cannot answer as well: "
+                "give labels the experts that answer"
             )
         if folder is not None: load_experts(model, {expert: folder})
         super().__init__(model, tokenizer, labels, active=expert, **kwargs)

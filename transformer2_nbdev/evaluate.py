@@ -7,13 +7,13 @@ __all__ = ['LAB', 'wilson', 'mcnemar', 'bootstrap', 'item_id', 'items_digest', '
            'make_result', 'write_atomic', 'append_lines', 'save', 'is_part', 'sweep_up', 'check_writable', 'load',
            'fingerprint', 'batches_of', 'batch_seed', 'mixed', 'answer_batch', 'check_settings', 'read_partial',
            'settings_of', 'run_facts', 'versions', 'peak_memory', 'evaluate', 'plot_accuracy', 'plot_paired',
-           'student_inside', 'student_t', 'Summary', 'summarise', 'stretch', 'hierarchical', 'base_name', 'licence_of',
-           'stated_licence', 'cached_folder', 'look_up', 'score_table', 'caution', 'load_lines', 'fact_lines',
-           'model_card']
+           'student_inside', 'student_t', 'Summary', 'summarise', 'stretch', 'hierarchical', 'pack', 'unpack',
+           'base_name', 'licence_of', 'stated_licence', 'cached_folder', 'look_up', 'score_table', 'caution',
+           'load_lines', 'fact_lines', 'model_card']
 
 # %% ../nbs/08_evaluate.ipynb #6c58ccff
 import hashlib, json, math, os, platform, random, re, shlex, shutil, sys, time
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from math import comb
@@ -75,13 +75,15 @@ def check_same_items(a: list[dict], b: list[dict]) -> None:
     "Raise ValueError with the reason unless both answered the same questions."
     if len(a) != len(b):
         raise ValueError(
-            f"cannot compare: {len(a)} questions against {len(b)}; evaluate both with the same split and limit"
+            f"cannot compare: {len(a)} questions against {len(b)}; "
+            "evaluate both with the same split and limit"
         )
     for i, (x, y) in enumerate(zip(a, b)):
         if x["id"] != y["id"]:
             what = "gold answers" if x["prompt"] == y["prompt"] else "questions"
             raise ValueError(
-                f"cannot compare: different {what} at item {i}: {x['prompt'][-50:]!r} ({x['gold']}) against {y['prompt'][-50:]!r} ({y['gold']})"
+                f"cannot compare: different {what} at item {i}: {x['prompt'][-50:]!r} "
+                f"({x['gold']}) against {y['prompt'][-50:]!r} ({y['gold']})"
             )
 
 # %% ../nbs/08_evaluate.ipynb #3ca75a92
@@ -97,7 +99,8 @@ class Paired:
     lost: int        # A right, B wrong
 
     def __str__(self):
-        return f"{100 * self.diff:+.1f} points ({100 * self.low:+.1f} to {100 * self.high:+.1f}), p = {self.p:.2g}, {self.gained} gained, {self.lost} lost, n = {self.n}"
+        return (f"{100 * self.diff:+.1f} points ({100 * self.low:+.1f} to {100 * self.high:+.1f}), "
+                f"p = {self.p:.2g}, {self.gained} gained, {self.lost} lost, n = {self.n}")
 
 # %% ../nbs/08_evaluate.ipynb #4a01bd40
 def paired(a, b,                      # Results, or lists of their items; the difference is b - a
@@ -132,7 +135,8 @@ class Result:
     run: dict               # how it went: command, versions, seconds, peak_memory_mb, resumed
 
     def __str__(self):
-        return f"{self.settings['task']}: {100 * self.acc:.1f}% ({100 * self.low:.1f} to {100 * self.high:.1f}), n = {self.n}, seed {self.settings['seed']}"
+        return (f"{self.settings['task']}: {100 * self.acc:.1f}% ({100 * self.low:.1f} to "
+                f"{100 * self.high:.1f}), n = {self.n}, seed {self.settings['seed']}")
 
     def to_json(self) -> dict: # without the items
         return self.settings | dict(n=self.n, correct=self.correct, acc=self.acc,
@@ -299,7 +303,8 @@ def check_settings(there: dict, now: dict, out: Path) -> None:
     if different:
         k = different[0]
         raise ValueError(
-            f"{out} holds another evaluation ({k} was {there.get(k)!r}, now {now[k]!r}): choose another folder, or overwrite=True"
+            f"{out} holds another evaluation ({k} was {there.get(k)!r}, now {now[k]!r}): "
+            "choose another folder, or overwrite=True"
         )
 
 def read_partial(
@@ -379,8 +384,7 @@ def peak_memory(device: torch.device) -> int: # MB: of the GPU if there is one, 
 def evaluate(
     model, tokenizer, task: Task,
     strategy=None,                      # prompts -> weights (B, K) of experts; None: the model
-    split: str = "test",
-    limit: int = None,                  # only the first `limit` questions
+    split: str = "test", limit: int = None,     # only the first `limit` questions
     batch_size: int = 64,
     temperature: float = 0.,            # 0 is greedy
     seed: int = 0,                      # of the samples, where temperature > 0
@@ -392,24 +396,20 @@ def evaluate(
     progress: bool = True,
 ) -> Result:
     "Accuracy of a model on a task, with its interval and one record for each question."
-    began, examples = time.perf_counter(), list(task.examples(split))[:limit]
-    if not examples:
-        few = f" (limit={limit})" if limit is not None else ""
-        raise ValueError(f"task {task.name!r} has no examples in split {split!r}{few}")
-    prompts = [task.prompt(e) for e in examples]
-    batches = batches_of(prompts, batch_size)
+    began, examples = time.perf_counter(), _questions(task, split, limit)
+    batches = batches_of(prompts := [task.prompt(e) for e in examples], batch_size)
     settings = settings_of(model, tokenizer, task, prompts, strategy, split, batch_size,
                            temperature, top_p, top_k, seed, max_new_tokens)
     finished, done = _begin(out, settings, batches, overwrite)
     if finished: return finished
+    ask = dict(strategy=strategy, max_new_tokens=max_new_tokens, workers=workers,
+               temperature=temperature, top_p=top_p, top_k=top_k)
     resumed = len(done)
-    how = dict(temperature=temperature, top_p=top_p, top_k=top_k)
-    ask = dict(strategy=strategy, max_new_tokens=max_new_tokens, workers=workers, **how)
     for rows in _asked(model, tokenizer, task, examples, batches, done, seed, ask, progress):
         if out: _append(Path(out), rows)
-    result = make_result([done[i] for i in range(len(examples))], settings,
-                         run_facts(began, resumed, inner(model).device))
-    if out: save(result, out); (Path(out) / "items.partial.jsonl").unlink()
+    facts = run_facts(began, resumed, inner(model).device)
+    result = make_result([done[i] for i in range(len(examples))], settings, facts)
+    if out: _end(result, Path(out))
     return result
 
 # %% ../nbs/08_evaluate.ipynb #8716e983
@@ -431,9 +431,21 @@ def _begin(
         return result, {}
     return None, read_partial(out, settings, batches)
 
+def _end(result: Result, out: Path) -> None:
+    "Write what is finished in place of its parts"
+    save(result, out)
+    (out / "items.partial.jsonl").unlink()
+
 # %% ../nbs/08_evaluate.ipynb #22ae1285
+def _questions(task: Task, split: str, limit: int) -> list:
+    "The examples of a split, or a refusal to measure nothing"
+    examples = list(task.examples(split))[:limit]
+    if examples: return examples
+    few = f" (limit={limit})" if limit is not None else ""
+    raise ValueError(f"task {task.name!r} has no examples in split {split!r}{few}")
+
 def _asked(model, tokenizer, task, examples, batches, done, seed, ask, progress):
-    "Answer the batches that are missing, under a bar with the accuracy so far; fills `done`, yields the rows of each batch."
+    "Answer the missing batches, under a bar with the accuracy so far; fill `done`, yield the rows"
     with progress_bar(total=len(examples), initial=len(done), unit="question", desc=task.name,
                       disable=not progress) as bar:
         for b, batch in enumerate(batches):
@@ -463,10 +475,10 @@ def plot_accuracy(results: dict, ax=None): # {name: Result}; returns the axes
 
 # %% ../nbs/08_evaluate.ipynb #0444afd4
 def plot_paired(base, others: dict, ax=None): # Result, {name: Result}; returns the axes
-    "Paired differences to a base with their bootstrap intervals, and the number of questions gained and lost."
+    "Paired differences to a base with their bootstrap intervals, and questions gained and lost."
     import matplotlib.pyplot as plt
     ax = ax or plt.subplots(figsize=(5, .8 + .45 * len(others)))[1]
-    for y, (name, r) in enumerate(others.items()):
+    for y, r in enumerate(others.values()):
         p = paired(base, r)
         ax.errorbar(
             100 * p.diff,
@@ -513,7 +525,8 @@ class Summary:
 
     def __str__(self):
         return (
-            f"{100 * self.mean:.1f}% ± {100 * self.sd:.1f} (sd of {len(self.accs)} seeds, {100 * min(self.accs):.1f} to {100 * max(self.accs):.1f}); "
+            f"{100 * self.mean:.1f}% ± {100 * self.sd:.1f} (sd of {len(self.accs)} seeds, "
+            f"{100 * min(self.accs):.1f} to {100 * max(self.accs):.1f}); "
             f"interval of the mean {100 * self.low:.1f} to {100 * self.high:.1f}, n = {self.n}"
         )
 
@@ -531,7 +544,8 @@ def summarise(results: list,                # Results over the same questions, o
     ]
     if len(set(runs)) < len(runs):
         raise ValueError(
-            "two of the results are the same run (same weights, same samples): that is no second seed"
+            "two of the results are the same run (same weights, same samples): "
+            "that is no second seed"
         )
     accs = [r.acc for r in results]
     half = student_t(confidence, len(accs) - 1) * stdev(accs) / math.sqrt(len(accs))
@@ -554,7 +568,7 @@ def hierarchical(runs: dict,           # {method: S rows of n right or wrong, on
                  against: str,         # the method that all others are compared with
                  confidence: float = .95, resamples: int = 10_000, seed: int = 0
                 ) -> dict:             # {method: Paired}; gained and lost are sums over seeds
-    "Methods x seeds x the same questions: differences that hold for other seeds and other questions"
+    "Methods x seeds x the same questions: differences that hold for others of both"
     X = {m: np.array(rows, dtype=np.float32) for m, rows in runs.items()}
     if against not in X: raise ValueError(f"no method {against!r}: there are {', '.join(X)}")
     S, n = X[against].shape if X[against].ndim == 2 else (0, 0)
@@ -578,8 +592,18 @@ def hierarchical(runs: dict,           # {method: S rows of n right or wrong, on
         return Paired(float(D.mean()), low, high, p, n, int((D > 0).sum()), int((D < 0).sum()))
     return {m: versus(x - X[against]) for m, x in X.items() if m != against}
 
+# %% ../nbs/08_evaluate.ipynb #59b26df7
+def pack(answers: list) -> str: # items of a Result, or right and wrong -> hex
+    "Which questions were answered rightly, in one bit each"
+    right = (a["correct"] if isinstance(a, dict) else a for a in answers)
+    return f"{int('1' + ''.join(str(int(r)) for r in right), 2):x}"     # a leading 1 keeps zeros
+
+def unpack(text: str) -> list[bool]:
+    "The right and wrong of `pack`"
+    return [c == "1" for c in f"{int(text, 16):b}"[1:]]
+
 # %% ../nbs/08_evaluate.ipynb #6699db54
-LAB = Path(transformer2_nbdev.__file__).resolve().parent / "data" / "lab"
+LAB = transformer2_nbdev.shipped("lab")
 
 def base_name(model: torch.nn.Module) -> str | None: # hub id, folder or "lab:A"; None: it has none
     "What the base can be loaded by"

@@ -9,9 +9,10 @@ __all__ = ['GUIDES', 'METHODS', 'question', 'box', 'read_label', 'asked', 'by_ge
 
 # %% ../nbs/11_prompt.ipynb #c5ca374b
 import re
+from collections.abc import Callable
 from functools import partial
 from inspect import signature
-from typing import Callable, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -19,14 +20,15 @@ from torch import nn
 from .mixture import mixture
 from .adapt import check_experts, one_hot
 from .rollout import (encode, eos_ids, generate, inner, pad_id, pad_left, positions,
-                                        seen_of, token_logprobs)
+                                        picture_args, seen_of, token_logprobs)
 from .tasks import about, answer_region, boxed, render, text_side, user_text
 
 # %% ../nbs/11_prompt.ipynb #54ee4f58
 GUIDES = dict(
     code="it wants a program or a function written, completed, repaired or explained",
     math="it wants a quantity, found by calculating, counting or algebra",
-    reasoning="it wants a conclusion or a choice, drawn from knowledge and logic rather than from numbers or programs",
+    reasoning="it wants a conclusion or a choice, drawn from knowledge and logic rather than from "
+              "numbers or programs",
     others="none of these fits",
 )
 
@@ -37,8 +39,10 @@ def question(prompt: str,           # the user's message
     "The dispatch question about a prompt"
     listed = "\n".join(f"- {label}: {guide}" for label, guide in guides.items())
     return (
-        f"Below, between two lines of dashes, is a message that somebody sent. Do not answer it. Say only which kind it is.\n\n"
-        f"-----\n{prompt}\n-----\n\nThe kinds:\n{listed}\n\nWrite the one word that names the kind in \\boxed{{}}."
+        "Below, between two lines of dashes, is a message that somebody sent. Do not answer it. "
+        "Say only which kind it is.\n\n"
+        f"-----\n{prompt}\n-----\n\nThe kinds:\n{listed}\n\n"
+        "Write the one word that names the kind in \\boxed{}."
     )
 
 # %% ../nbs/11_prompt.ipynb #ba020cfe
@@ -85,7 +89,7 @@ def continuation(tokenizer, text: str, completion: str, eos: list[int]) -> list[
 def score_batch(
     model: nn.Module,
     P: torch.Tensor, M: torch.Tensor,  # (B, P) prompts and their mask
-    C: torch.Tensor, N: torch.Tensor   # (B * L, T) answers and their mask, those of one prompt together
+    C: torch.Tensor, N: torch.Tensor   # (B * L, T) answers and their mask, prompt by prompt
 ) -> torch.Tensor:  # (B * L,) log p(answer | prompt)
     "Read every prompt once, keep its keys and values, and score all answers on copies of them"
     L, known = len(C) // len(P), signature(inner(model).forward).parameters
@@ -129,7 +133,8 @@ def label_scores(model: nn.Module, tokenizer,
         P, M = pad_left([rows[i] for i in part], fill, device)
         C, N = pad_right([e for i in part for e in ends[i]], fill, device)
         seen = seen_of([rows[i] for i in part])
-        score = partial(score_seen, seen) if any(seen) else score_batch
+        whole = picture_args(model, seen, *2 * [P.shape[1]])
+        score = partial(score_seen, seen) if whole else score_batch
         out[part] = score(model, P, M, C, N).view(len(part), -1).cpu()
     return out
 
@@ -209,7 +214,7 @@ def confusion(
     kinds: list[str],        # what each prompt is
     said: list[str | None],  # the label it got
     cols: list[str],         # labels to count
-    none: str = "none"       # where a prompt goes whose label is none of them; a column of its own unless it is among `cols`
+    none: str = "none"       # where other labels go; a column of its own unless among `cols`
 ) -> Confusion:
     "Count dispatches"
     rows, cols = list(dict.fromkeys(kinds)), list(cols)

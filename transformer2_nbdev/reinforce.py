@@ -17,10 +17,10 @@ __all__ = ['PAPER', 'OFFICIAL', 'CHOICES', 'AT_LEAST', 'ABOVE', 'STATE', 'FREE',
 # %% ../nbs/09_reinforce.ipynb #07c6dcfd
 import hashlib, importlib.util, io, json, math, os, random, re, shlex, signal, sys, tempfile
 import threading, time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Callable, Iterator
 
 import torch
 from torch import distributed as dist, nn
@@ -34,9 +34,8 @@ from .evaluate import (append_lines, base_name, check_writable, is_part, item_id
                                          licence_of, make_result, model_card, peak_memory, save,
                                          sweep_up, versions, write_atomic)
 from .rollout import (Rollouts, check_room, encode, eos_ids, forked_rng, hidden,
-                                        inner, items_of, kl_per_token, pad_id, pad_left, places,
-                                        picture_args, rollout, seen_of, spread, token_logprobs,
-                                        undisturbed)
+                                        inner, items_of, pad_id, pad_left, picture_args, places,
+                                        rollout, seen_of, spread, token_logprobs, undisturbed)
 from .tasks import Pictured, Task, render, sees, text_side
 
 # %% ../nbs/09_reinforce.ipynb #1c0ac679

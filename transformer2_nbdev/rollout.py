@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['TYPES', 'LATER', 'NEEDS', 'PIECE', 'ODD', 'pad_left', 'positions', 'inner', 'eos_ids', 'pad_id', 'until_eos',
-           'encode', 'check_room', 'PictureIds', 'look', 'processed', 'stacked', 'collate', 'picture_args',
+           'encode', 'check_room', 'PictureIds', 'look', 'processed', 'stacked', 'collate', 'picture_args', 'own_rows',
            'check_tower', 'places_pictures', 'placeholders', 'without_placeholders', 'seen_of', 'sampling_config',
-           'undisturbed', 'forked_rng', 'Recorder', 'spread', 'sample_whole', 'shared_prefix', 'can_step', 'own_rows',
+           'undisturbed', 'forked_rng', 'Recorder', 'spread', 'sample_whole', 'shared_prefix', 'can_step',
            'fits_window', 'read_shared', 'read', 'once', 'last_logits', 'shaped', 'draw', 'sample_steps',
            'sample_batch', 'Generation', 'trim', 'select', 'join', 'texts_of', 'generate', 'answer_pass', 'to_share',
            'completion_logits', 'vocab_logprobs', 'entropy', 'kl_per_token', 'Hidden', 'after_head', 'plain_head',
@@ -15,11 +15,11 @@ __all__ = ['TYPES', 'LATER', 'NEEDS', 'PIECE', 'ODD', 'pad_left', 'positions', '
 
 # %% ../nbs/07_rollout.ipynb #cc206472
 import math, time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from inspect import signature
-from typing import Callable, Iterator
 from weakref import WeakSet
 
 import torch
@@ -48,7 +48,7 @@ def pad_left(
     return ids, mask
 
 def positions(mask: torch.Tensor) -> torch.Tensor: # (B, L) -> (B, L)
-    "Position of each token in its own text: 0 for the first real token, wherever it stands in the row."
+    "Position of each token in its own text: 0 for the first real one, wherever it stands."
     return (mask.cumsum(-1) - 1).clamp(min=0)
 
 # %% ../nbs/07_rollout.ipynb #11b55690
@@ -60,14 +60,14 @@ def inner(model: nn.Module    # a transformers model, possibly inside PEFT's or 
 
 # %% ../nbs/07_rollout.ipynb #4de41368
 def eos_ids(model: nn.Module, tokenizer) -> list[int]: # sorted; empty when neither names one
-    "Every token that ends an answer: those of the model's generation config and the tokenizer's own."
+    "Every token that ends an answer: the model's generation config's and the tokenizer's own."
     tokenizer = text_side(tokenizer)
     own = getattr(inner(model).generation_config, "eos_token_id", None)
     own = own if isinstance(own, (list, tuple)) else [own]
     return sorted({i for i in (*own, tokenizer.eos_token_id) if i is not None})
 
 def pad_id(model: nn.Module, tokenizer) -> int:
-    "What to write into empty places: the tokenizer's pad token if the model has an embedding for it, else an EOS, else 0."
+    "What fills empty places: the tokenizer's pad token if the model knows it, else an EOS, else 0."
     rows, tokenizer = inner(model).get_input_embeddings().num_embeddings, text_side(tokenizer)
     return next(
         i
@@ -87,7 +87,7 @@ def until_eos(tokens: torch.Tensor,   # (B, T) sampled tokens, filled up after t
 def encode(
     tokenizer,            # or a processor, which prompts with pictures need
     prompts: list,        # texts as `tasks.render` writes them, or lists of token ids
-    eos: list[int] = (),  # an EOS that the tokenizer appends is dropped: a prompt is to be continued
+    eos: list[int] = (),  # an EOS that the tokenizer appends is dropped: a prompt goes on
 ) -> list[list[int]]:  # one list of ids a prompt, unpadded
     "Token ids of prompts; empty prompts are refused."
     if isinstance(prompts, str):
@@ -115,13 +115,14 @@ def _ids_of(tokenizer, prompt, i):
     )
     if not ids:
         raise ValueError(
-            f"prompt {i} is empty: there is nothing to continue (pass [[bos_token_id]] to start from nothing)"
+            f"prompt {i} is empty: there is nothing to continue "
+            "(pass [[bos_token_id]] to start from nothing)"
         )
     return ids
 
 # %% ../nbs/07_rollout.ipynb #7c0efbed
 def check_room(rows: list[list[int]], max_new_tokens: int, model: nn.Module) -> None:
-    "Refuse prompts that leave no room for `max_new_tokens` inside the model's context, or hold tokens it does not know."
+    "Refuse prompts that leave no room for `max_new_tokens`, or hold tokens unknown to the model."
     known = inner(model).get_input_embeddings().num_embeddings
     blank = getattr(inner(model).config, "image_token_id", None)   # no word: a picture's place
     most = [max((t for t in r if t != blank or not hasattr(r, "seen")), default=0) for r in rows]
@@ -135,7 +136,8 @@ def check_room(rows: list[list[int]], max_new_tokens: int, model: nn.Module) -> 
     i = max(range(len(rows)), key=lambda i: len(rows[i]))
     if room and len(rows[i]) + max_new_tokens > room:
         raise ValueError(
-            f"prompt {i} has {len(rows[i])} tokens and max_new_tokens is {max_new_tokens}, but the context holds {room}: "
+            f"prompt {i} has {len(rows[i])} tokens and max_new_tokens is {max_new_tokens}, "
+            f"but the context holds {room}: "
             "shorten the prompt or lower max_new_tokens"
         )
 
@@ -174,7 +176,8 @@ def processed(processor, prompt: Pictured, where: str) -> dict: # {name: tensor}
     except Exception as e:
         what = str(e).split("\n")[0]
         raise ValueError(f"{where}: {type(processor).__name__} cannot read it: {what}") from e
-    return {k: v for k, v in out.items() if torch.is_tensor(v) and k != "attention_mask"}
+    unused = "attention_mask", "labels"          # the mask is our own; PaliGemma adds labels
+    return {k: v for k, v in out.items() if torch.is_tensor(v) and k not in unused}
 
 # %% ../nbs/07_rollout.ipynb #8aaa7eb7
 def stacked(parts: list[torch.Tensor]) -> torch.Tensor: # (sum of n_i, *largest of the other axes)
@@ -186,7 +189,7 @@ def stacked(parts: list[torch.Tensor]) -> torch.Tensor: # (sum of n_i, *largest 
 def collate(seen: list[dict],   # B: what the pictures of each row became; {}: it has none
             prompt_len: int,    # P
             width: int,         # P, or P + T with completions
-            later: int = 0      # the type of a token that belongs to no prompt with a picture
+            later: int = 0      # the type of a completion's tokens
            ) -> dict:           # {name: tensor}
     "The pictures of a batch"
     names, out = dict.fromkeys(k for s in seen for k in s), {}
@@ -194,18 +197,21 @@ def collate(seen: list[dict],   # B: what the pictures of each row became; {}: i
         rows = {b: s[k] for b, s in enumerate(seen) if k in s}
         if not k.endswith(TYPES): out[k] = stacked(list(rows.values()))
         else:
-            out[k] = next(iter(rows.values())).new_full((len(seen), width), later)
+            out[k] = next(iter(rows.values())).new_zeros(len(seen), width)
+            out[k][:, prompt_len:] = later
             for b, v in rows.items(): out[k][b, prompt_len - v.shape[1]:prompt_len] = v[0]
     return out
 
 # %% ../nbs/07_rollout.ipynb #8c75d12a
-LATER = dict(paligemma=1)    # model types that mark what follows a prompt with another type than 0
+LATER = dict(paligemma=1)    # families that tell an answer's tokens from the prompt's by their type
 
-def picture_args(model: nn.Module, seen: list[dict] | None, prompt_len: int, width: int
+def picture_args(model: nn.Module, seen: list[dict], prompt_len: int, width: int
                 ) -> dict: # arguments for the model's forward; {} where no row has a picture
     "The pictures of a batch, as this model wants them"
-    if not seen or not any(seen): return {}
     base = inner(model)
+    if base.config.model_type in LATER:
+        seen = [dict(token_type_ids=torch.zeros(1, 0, dtype=torch.long)) | s for s in seen]
+    if not any(seen): return {}
     wanted = signature(base.forward).parameters
     if "pixel_values" not in wanted:
         raise ValueError(f"the prompts hold pictures, and {type(base).__name__} reads text alone: "
@@ -213,6 +219,10 @@ def picture_args(model: nn.Module, seen: list[dict] | None, prompt_len: int, wid
     check_tower(model)
     made = collate(seen, prompt_len, width, LATER.get(base.config.model_type, 0))
     return {k: v.to(base.device) for k, v in made.items() if k in wanted}
+
+def own_rows(model: nn.Module) -> bool:
+    "Whether every row of a batch has a mixture of its own"
+    return any(l._mix is not None and l._mix.dim() > 1 for l in svf_layers(model).values())
 
 def check_tower(model: nn.Module) -> None:
     "Refuse a mixture for each row where an adapted layer sees pictures instead of rows"
@@ -259,7 +269,7 @@ def sampling_config(temperature: float = 1.0, top_p: float = 1.0, top_k: int = 0
 # %% ../nbs/07_rollout.ipynb #f19f29db
 @contextmanager
 def undisturbed(model: nn.Module) -> Iterator[None]:
-    "Inside: no dropout, no gradients, none of the checkpoint's own generation defaults. Afterwards all is as it was."
+    "Inside: no dropout, no gradients, no generation defaults. Afterwards all is as it was."
     base, training = inner(model), [m for m in model.modules() if m.training]
     own = base.generation_config
     try:
@@ -276,8 +286,10 @@ def forked_rng(
     seed: int | None,      # None: draw from the global generator, as torch does by default
     device: torch.device,
 ) -> Iterator[None]:
-    "Inside, torch's random numbers start from `seed`; afterwards the global generators are where they were."
-    if seed is None: yield; return
+    "Inside, torch's random numbers start from `seed`; afterwards they are where they were."
+    if seed is None:
+        yield
+        return
     kind = "cuda" if device.type == "cpu" else device.type
     devices = [] if device.type == "cpu" else range(getattr(torch, kind).device_count())
     with torch.random.fork_rng(devices=devices, device_type=kind):
@@ -286,7 +298,7 @@ def forked_rng(
 
 # %% ../nbs/07_rollout.ipynb #98c81403
 class Recorder(LogitsProcessor):
-    "Notes the log-probability of each sampled token, one step late, keeping the logits of one step only."
+    "Notes the log-probability of each sampled token, one step late, keeping one step's logits."
     def __init__(self, temperature: float):
         self.temperature, self.last, self.logps = temperature or 1.0, None, []
 
@@ -351,10 +363,6 @@ def can_step(model: nn.Module) -> bool:
     return all(
         type(l) in (DynamicLayer, DynamicSlidingWindowLayer) for l in layers
     ) and not own_rows(model)
-
-def own_rows(model: nn.Module) -> bool:
-    "Whether every row of a batch has a mixture of its own"
-    return any(l._mix is not None and l._mix.dim() > 1 for l in svf_layers(model).values())
 
 def fits_window(model: nn.Module, length: int) -> bool: # length: tokens and padding of a row
     "Whether no layer's window of attention is shorter than the rows"
@@ -463,7 +471,7 @@ def sample_batch(model: nn.Module, rows: list[list[int]], config: GenerationConf
 # %% ../nbs/07_rollout.ipynb #1006cd4f
 @dataclass
 class Generation:
-    "N prompts and their completions: prompts padded on the left to P, completions on the right to T."
+    "N prompts, padded on the left to P, and their completions, padded on the right to T."
     prompts: list                   # N texts (or id lists) as they were given
     texts: list                     # N completions, special tokens removed
     ids: torch.Tensor               # (N, P+T)
@@ -533,7 +541,7 @@ def join(
 
 # %% ../nbs/07_rollout.ipynb #390e5708
 def texts_of(tokenizer, tensors: dict) -> list[str]:
-    "The completions as text: what they add to the last token of their prompt, so that a leading space survives."
+    "The completions as text: what they add to their prompt's last token, leading space and all."
     P, out, tokenizer = tensors["prompt_len"], [], text_side(tokenizer)
     for row, kept in zip(tensors["ids"].tolist(), tensors["completion_mask"].sum(1).tolist()):
         before, both = (
@@ -591,7 +599,8 @@ def _batches(model, rows, order, batch_size, config, progress):
         for i in range(0, len(rows), batch_size):
             part = sample_batch(model, [rows[j] for j in order[i:i + batch_size]], config)
             tokens += int(part["kept"].sum())
-            bar.update(len(part["tokens"])); bar.set_postfix(tokens=tokens)
+            bar.update(len(part["tokens"]))
+            bar.set_postfix(tokens=tokens)
             yield part
 
 # %% ../nbs/07_rollout.ipynb #0e83d6d2
@@ -600,7 +609,8 @@ def answer_pass(model: nn.Module, ids: torch.Tensor, mask: torch.Tensor, prompt_
                ) -> torch.Tensor:      # the model's logits at the last T + 1 columns, or more
     "One pass over prompts and completions"
     accepted, T = signature(inner(model).forward).parameters, ids.shape[1] - prompt_len
-    pictures, where = picture_args(model, seen, prompt_len, ids.shape[1]), positions(mask)
+    seen, where = seen or [{}] * len(ids), positions(mask)
+    pictures = picture_args(model, seen, prompt_len, ids.shape[1])
     n = 0 if pictures else to_share(model, ids, mask, prompt_len)
     extra = dict(use_cache=False) | pictures
     if n:
@@ -808,7 +818,7 @@ def token_logprobs(model: nn.Module,
                    with_entropy: bool = False, # return the entropy of each step's distribution too
                    seen: list[dict] = None     # of `Generation`, for prompts with pictures
                   ) -> torch.Tensor:           # (N, T), 0 where mask is 0; with_entropy: a pair
-    "Log-probabilities of the sampled tokens under the model as it is now, with gradients if enabled"
+    "Log-probabilities of the sampled tokens under the model as it is, with gradients if enabled"
     T, out = ids.shape[1] - prompt_len, []
     for i in range(0, len(ids), batch_size or len(ids)):
         rows = slice(i, i + (batch_size or len(ids)))
@@ -823,14 +833,14 @@ def token_logprobs(model: nn.Module,
 
 # %% ../nbs/07_rollout.ipynb #9398210a
 def judge(task: Task, texts: list[str], examples: list, workers: int = None) -> list: # of Verdict
-    "Judge completions; a reward that raises or is not finite stops the run with one line that says where."
+    "Judge completions; a reward that raises or is not finite stops the run and says where."
     return judge_all(replace(task, verify=partial(_checked, task)), texts, examples,
                      workers=workers or (2 if task.verify else 1))
 
 def _checked(task, completion, example):
     "A verdict with a finite reward, or a ValueError that names task and completion."
     try: verdict = task.judge(completion, example)
-    except (Exception, SystemExit) as e:     # a reward that calls exit() must not end the run as if all were well
+    except (Exception, SystemExit) as e:     # nor may exit() end the run as if all were well
         raise ValueError(
             f"task {task.name!r}: judging {completion[:60]!r} failed: {type(e).__name__}: {e}"
         ) from e
@@ -861,8 +871,8 @@ def rollout(
     examples: list,              # examples of the task
     samples: int = 1,            # completions for each example
     max_new_tokens: int = None,  # None: the task's own
-    workers: int = None,         # completions judged at a time; None: 2 for a task with a verifier, 1 for a bare reward function
-    **kwargs,                    # of `generate`: temperature, top_p, top_k, batch_size, seed, eos, sort, progress
+    workers: int = None,         # completions judged at a time; None: 2, or 1 for a bare reward
+    **kwargs,                    # of `generate`: temperature, top_p, top_k, batch_size, seed, ...
 ) -> Rollouts:  # N = samples * len(examples) rows
     "Ask a task's questions, record the answers, and judge them."
     if samples < 1: raise ValueError(f"samples must be at least 1, got {samples}")

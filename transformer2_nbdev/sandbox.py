@@ -729,7 +729,7 @@ def _landlock(readable, writable):
 # %% ../nbs/17_sandbox.ipynb #a916a3dd
 def _drop_root(folder, uid):
     "Become a user number used by nobody else (65534 where the system knows fewer numbers)."
-    for uid in (uid, 65534):
+    for uid in (uid, 65534):        # noqa: B020
         try:
             os.chown(folder, uid, uid)
             os.setgroups([])

@@ -40,7 +40,7 @@ from .fused import enter_step, leave_step
 from .reinforce import kl_per_token, policy_loss
 from .rollout import (PIECE, Rollouts, encode, inner, pad_left,
                                         vocab_logprobs)
-from .svf import linear_shapes, n_params
+from .svf import linear_shapes
 from .tasks import render
 
 # %% ../nbs/22_scale.ipynb #9a938d72
@@ -318,7 +318,9 @@ class Tally(TorchDispatchMode):
         storage = t.untyped_storage()
         key, size = storage._cdata, storage.nbytes()
         if key in self.alive: return
-        def gone(_): self.alive.pop(key, None); self.now -= size
+        def gone(_):
+            self.alive.pop(key, None)
+            self.now -= size
         self.alive[key] = weakref.ref(storage, gone)
         self.now += size
         self.peak = max(self.peak, self.now)
@@ -473,7 +475,7 @@ def generating(model: PeftModel, r: Rollouts, tally: Tally, seen: dict) -> None:
             out = inner(model)(input_ids=r.ids[:, -1:], attention_mask=r.mask,
                                past_key_values=cache, **args)
             scores = out.logits[:, -1].float()
-            drawn = torch.multinomial((scores.log_softmax(-1) / 1.).softmax(-1), 1)
+            _drawn = torch.multinomial((scores.log_softmax(-1) / 1.).softmax(-1), 1)
 
 # %% ../nbs/22_scale.ipynb #7b2e0002
 def loss_of(model: PeftModel, r: Rollouts, s: Setup) -> torch.Tensor:

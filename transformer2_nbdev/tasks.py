@@ -10,10 +10,11 @@ __all__ = ['GROUP', 'TASKS', 'Verdict', 'Task', 'check_prompt', 'picture_of', 'o
 
 # %% ../nbs/05_tasks.ipynb #9add32b0
 import hashlib, importlib.metadata, importlib.util, json, math, os, re
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Callable
+from typing import Any
 
 # %% ../nbs/05_tasks.ipynb #67351438
 @dataclass

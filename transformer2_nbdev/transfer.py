@@ -12,7 +12,6 @@ from torch import nn
 from torch.nn import functional as F
 
 from .adapter import SvfConfig, svf_layers, zs
-from .svd import decompose
 
 # %% ../nbs/14_transfer.ipynb #9e425775
 def overlap(
@@ -29,7 +28,7 @@ def match(d: torch.Tensor, O2: torch.Tensor) -> torch.Tensor: # (k,), (k, k') ->
 # %% ../nbs/14_transfer.ipynb #c15c5a2f
 def carry(d: torch.Tensor,             # (k,) d = z - 1 of one source matrix
           k: int,                      # number of knobs of the target matrix
-          how: str = "ordered",        # "ordered" | "shuffled" | "mean" | "random" | "resampled" | "matched"
+          how: str = "ordered",        # one of HOWS
           generator: torch.Generator | None = None, # for shuffled and random
           O2: torch.Tensor | None = None # (k_s, k) squared overlap, for matched
          ) -> torch.Tensor:            # (k,)
@@ -43,7 +42,8 @@ def carry(d: torch.Tensor,             # (k,) d = z - 1 of one source matrix
     if how == "matched": return match(d, O2)
     if len(d) != k:
         raise ValueError(
-            f'the source has {len(d)} singular values, the target {k}: only how="resampled" can bridge that'
+            f'the source has {len(d)} singular values, the target {k}: '
+            'only how="resampled" can bridge that'
         )
     if how == "ordered": return d.clone()
     if how == "shuffled": return d[torch.randperm(k, generator=generator)]
@@ -75,18 +75,19 @@ def correspond(names: list[str],          # adapted matrices of the source
     where = {n: mapping[n] for n in names}
     if twice := sorted(t for t in set(where.values()) if list(where.values()).count(t) > 1):
         raise ValueError(
-            f"mapping sends {sum(t == twice[0] for t in where.values())} matrices to {twice[0]}: a matrix has one set of knobs, give each its own"
+            f"mapping sends {sum(t == twice[0] for t in where.values())} matrices to {twice[0]}: "
+            "a matrix has one set of knobs, give each its own"
         )
     return where
 
 # %% ../nbs/14_transfer.ipynb #9abe49fe
 def transfer(expert: str,            # adapter name on `source`
              source: PeftModel,      # the model the expert was trained on
-             target: nn.Module,      # the model to receive it: bare, or a PEFT model to add one more adapter to
+             target: nn.Module,      # the model to receive it: bare, or a PEFT model
              how: str = "ordered",   # one of HOWS
              seed: int = 0,          # for "shuffled" and "random"
              adapter_name: str = "default",        # name of the new adapter on the target
-             mapping: dict[str, str] | None = None # {source matrix: target matrix}; None: equal names
+             mapping: dict[str, str] | None = None # {source matrix: target's}; None: equal names
             ) -> PeftModel:          # the target, carrying the transferred expert
     "Carry an expert's knobs over to another model (paper §4.3)"
     if how not in HOWS: raise ValueError(f"how={how!r}: choose one of {', '.join(HOWS)}")
@@ -126,11 +127,13 @@ def check_widths(source: nn.Module, target: nn.Module, where: dict[str, str], ho
         (m, k), (M, K) = _shape(source, n), _shape(target, t)
         if how != "resampled" and min(m, k) != min(M, K):
             raise ValueError(
-                f'{n} has {min(m, k)} singular values, {t} of the target has {min(M, K)}: only how="resampled" can bridge that'
+                f'{n} has {min(m, k)} singular values, {t} of the target has {min(M, K)}: '
+                'only how="resampled" can bridge that'
             )
         if how == "matched" and (m <= k) != (M <= K):
             raise ValueError(
-                f"{n} is {m}x{k}, {t} is {M}x{K}: their singular bases live on different sides and cannot be matched"
+                f"{n} is {m}x{k}, {t} is {M}x{K}: their singular bases live on different sides "
+                "and cannot be matched"
             )
 
 # %% ../nbs/14_transfer.ipynb #a96a0be3
@@ -141,7 +144,8 @@ def dress(target: nn.Module, modules: list[str], adapter_name: str) -> PeftModel
         return get_peft_model(target, config, adapter_name=adapter_name)
     if adapter_name in target.peft_config:
         raise ValueError(
-            f"the target already carries an adapter named {adapter_name!r}: choose another adapter_name"
+            f"the target already carries an adapter named {adapter_name!r}: "
+            "choose another adapter_name"
         )
     target.add_adapter(adapter_name, config)
     return target
@@ -161,7 +165,7 @@ def kinship(source: PeftModel, target: PeftModel # both dressed on the same matr
 def alike(
     source: PeftModel, target: PeftModel,             # with the expert before and after
     name: str = "default", new_name: str = "default"  # its adapter names there
-) -> tuple[float, float, float]:  # cosine of the operators; the same without each matrix's mean; norm after / norm before
+) -> tuple[float, float, float]:  # cosine; without each matrix's mean; norm after / norm before
     "How much of an expert arrived, over all matrices together"
     Q, R, d, e = (
         svf_layers(source), svf_layers(target),

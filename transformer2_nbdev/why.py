@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['Split', 'usv', 'split', 'Reparametrised', 'reparametrise', 'volume', 'directions', 'third', 'band', 'block', 'skew',
-           'rotated', 'merged', 'answer_kl', 'along', 'lora_factors', 'reweight', 'expresses']
+           'rotated', 'merged', 'answer_kl', 'along', 'lora_factors', 'reweight', 'gradients', 'guided', 'surgeries',
+           'expresses']
 
 # %% ../nbs/16_why.ipynb #c5cf3864
 import copy
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Callable
 
 import torch
 from peft import LNTuningConfig, PeftModel, get_peft_model
@@ -18,9 +19,9 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 from torch.nn import functional as F
 
+from . import baselines, lab
 from .adapter import SvfConfig, resolve_targets
-from .reinforce import kl_per_token
-from .rollout import Rollouts, vocab_logprobs
+from .rollout import Rollouts, kl_per_token, vocab_logprobs
 from .svd import decompose
 from .svf import compose
 
@@ -197,6 +198,37 @@ def reweight(model: PeftModel,        # carries a LoRA; changed in place
         layer.lora_B[adapter].weight.copy_(U * f(name, S) / layer.scaling[adapter])
         layer.lora_A[adapter].weight.copy_(Vh)
     return model
+
+# %% ../nbs/16_why.ipynb #af18b011
+def gradients(factors: dict, # of lora_factors
+              loss: str      # "rewards" or "tokens", on 128 training prompts of *math*
+             ) -> dict:      # {module: (r,)} d loss / d log s of every singular value
+    "What either loss wants of a LoRA's spectrum"
+    probe, seen = reparametrise(lab.load("A")[0], along(factors)), {}
+    def note(n): return lambda g: seen.__setitem__(n, seen.get(n, 0) + g.clone())
+    for n, p in probe.named_parameters():
+        name = n.split("base_model.model.", 1)[-1].split(".ln_tuning_layers", 1)[0]
+        if p.requires_grad: p.register_hook(note(name))
+    one = dict(steps=1, batch_size=128, val_limit=10, val_every=0)
+    baselines.fit(probe, baselines.world()[1]["math"], loss, 1e-12, 0, **one)
+    return seen
+
+def guided(g: torch.Tensor, S: torch.Tensor) -> torch.Tensor: # (r,) and (r,) -> (r,)
+    "Values the loss wants smaller shrink, the others grow, by a factor e at most; their sum stays"
+    push = torch.exp(-g / g.abs().max().clamp(min=1e-12))
+    return S * push * (S.sum() / (S * push).sum())
+
+# %% ../nbs/16_why.ipynb #1e31193e
+def surgeries(g: dict, seed: int) -> dict: # gradients -> {name: f(module, S) -> another S}
+    "Other spectra for a LoRA, for `reweight`"
+    first = lambda k: lambda n, S: torch.where(torch.arange(len(S)) < k, S, 0.)
+    def shuffled(n, S):
+        return S[torch.randperm(len(S), generator=torch.Generator().manual_seed(seed))]
+    return {"strongest only": first(1), "four strongest": first(4),
+            "all but the strongest": lambda n, S: S - first(1)(n, S),
+            "all equal": lambda n, S: S.mean().expand(len(S)), "shuffled": shuffled,
+            "all a fifth smaller": lambda n, S: .8 * S, "all a fifth larger": lambda n, S: 1.2 * S,
+            "led by a gradient": lambda n, S: guided(g[n], S)}
 
 # %% ../nbs/16_why.ipynb #6bf7c260
 def expresses(model: nn.Module, # one adapted linear layer `lin` without bias, with PEFT's verbs
