@@ -4,19 +4,21 @@ from itertools import groupby
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
-from reader import reference, rooms, settings, tutorials
+from api import fill
+from reader import internals, rooms, settings, start, tutorials
 
-s, book, lessons = settings(), rooms(), tutorials()
+s, first, book, lessons = settings(), start(), rooms(), tutorials()
 project, author, version = s["title"], s["author"], s["version"]
 release, copyright, language = version, s["copyright"], "en"
 
 extensions = ["myst_nb", "sphinx-mathjax-offline"]
 root_doc = "index"
-include_patterns = ["index.ipynb", "nbs/[0-9][0-9]_*.ipynb", "nbs/tutorials/[0-9]_*.ipynb", "docs/reference.md", "CONTRIBUTING.md"]
+include_patterns = ["index.ipynb", "nbs/start.ipynb", "nbs/[0-9][0-9]_*.ipynb", "nbs/tutorials/[0-9]_*.ipynb",
+                    "docs/reference.md", "docs/internals.md", "CONTRIBUTING.md"]
 source_suffix = {".ipynb": "myst-nb", ".md": "myst-nb"}
 templates_path = ["_templates"]
 
-nb_custom_formats = {f"{doc}.ipynb": ["reader.read", {"path": doc}, False] for doc in ["index"] + [r.doc for r in book + lessons]}
+nb_custom_formats = {f"{doc}.ipynb": ["reader.read", {"path": doc}, False] for doc in ["index"] + [r.doc for r in [first, *book, *lessons]]}
 nb_execution_mode = "off"
 nb_merge_streams = True
 nb_number_source_lines = False
@@ -36,8 +38,9 @@ html_sidebars = {"**": ["navbar-logo.html", "search-button-field.html", "rooms.h
 html_context = {
     "default_mode": "auto",             # dark where the reader's system is
     "book_address": s["doc_host"] + s["doc_baseurl"],
-    "book_about": {r.doc: re.sub(r"[$*`\\]", "", r.subtitle) for r in book + lessons},
+    "book_about": {r.doc: re.sub(r"[$*`\\]", "", r.subtitle) for r in [first, *book, *lessons]},
     "book_description": s["description"],
+    "book_start": first,
     "book_tutorials": lessons,
     "book_parts": [(part, list(group)) for part, group in groupby(book, lambda r: r.part)],
 }
@@ -49,9 +52,10 @@ html_theme_options = {
 }
 
 
-def fill_reference(app, docname, source):
-    "docs/reference.md holds a place for the list of public names."
-    source[0] = source[0].replace("%%REFERENCE%%", reference(book))
+def fill_pages(app, docname, source):
+    "Two pages have places for what the library's own text says."
+    if docname == "docs/reference": source[0] = fill(source[0])
+    if docname == "docs/internals": source[0] = source[0].replace("%%INTERNALS%%", internals(book))
 
 
-def setup(app): app.connect("source-read", fill_reference)
+def setup(app): app.connect("source-read", fill_pages)

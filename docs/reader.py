@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 RE_DIRECTIVE = re.compile(r"^[ \t]*#\|[ \t]*([\w-]+)[ \t]*:?[ \t]*(.*?)[ \t]*$", re.M)
 RE_CALLOUT = re.compile(r"""^(:{3,})[ ]*\{\.callout-(\w+)(?:[ ]+title=["'](.*?)["'])?[^}\n]*\}[ ]*\n(?:\s*\#+ (.+)\n)?""", re.M)
-RE_ROOM_LINK = re.compile(r"\[([^\]]+)\]\(((?:\.\./|nbs/|\./|tutorials/)*)((?:\d+_\w+|index)\.ipynb)(#[\w-]+)?\)")
+RE_ROOM_LINK = re.compile(r"\[([^\]]+)\]\(((?:\.\./|nbs/|\./|tutorials/)*)((?:\d+_\w+|index|start)\.ipynb)(#[\w-]+)?\)")
 RE_BADGE = re.compile(r"^\[!\[Open in Colab\]\([^)]*\)\]\(([^)]*)\)\n*", re.M)
 RE_PAPER = re.compile(r"^(?=>[^\n]{0,40}\bpaper\b)", re.I | re.M)
 RE_NAME = re.compile(r"(?<![\[`\w])`(?:transformer2_nbdev\.)?([A-Za-z_][\w.]*)(\(\))?`(?![\]`])")
@@ -62,7 +62,7 @@ class Room(NamedTuple):
     @property
     def doc(self): return self.path.relative_to(ROOT).with_suffix("").as_posix()
     @property
-    def name(self): return self.module or self.path.stem[3:]
+    def name(self): return self.module or self.path.stem[3:] or self.path.stem
     @property
     def caption(self): return self.subtitle if 0 < len(self.subtitle) <= 60 else self.title
     @property
@@ -125,13 +125,19 @@ def read_room(path: Path) -> Room:
     prose = "\n\n".join(s for s, c in zip(source, cells) if c["cell_type"] == "markdown")
     module = next((m[1] for s in source if (m := re.search(r"^#\|\s*default_exp\s+(\S+)", s, re.M))), "")
     title, quote = re.search(r"^# (.+)$", prose, re.M), re.search(r"^> (.+(?:\n> .+)*)", prose, re.M)
-    return Room(path, int(path.name.split("_")[0]), module, title[1].strip() if title else path.stem,
+    number = path.name.split("_")[0]
+    return Room(path, int(number) if number.isdigit() else -1, module, title[1].strip() if title else path.stem,
                 re.sub(r"\n> ", " ", quote[1]).strip().rstrip(".") if quote else "", exports(cells, module))
 
 
 def rooms() -> list:
     "The rooms that exist, in reading order."
     return [read_room(p) for p in sorted((ROOT / "nbs").glob("[0-9][0-9]_*.ipynb"))]
+
+
+def start() -> Room:
+    "The notebook to begin with, before the first room."
+    return read_room(ROOT / "nbs" / "start.ipynb")
 
 
 def tutorials() -> list:
@@ -248,7 +254,7 @@ def code(cell: dict, room: Room) -> list:
 def read(text: str, path: str = "") -> nbformat.NotebookNode:
     "myst-nb's reader: the text of a notebook -> the notebook that Sphinx renders."
     everything = rooms()
-    room = next((r for r in everything + tutorials() if r.doc == path), None)
+    room = next((r for r in [start(), *everything, *tutorials()] if r.doc == path), None)
     known = known_names(everything)
     cells, first = [], True
     for c in json.loads(text)["cells"]:
@@ -257,7 +263,7 @@ def read(text: str, path: str = "") -> nbformat.NotebookNode:
         source = "".join(c["source"])
         if first: source = cover(source, room)
         cells.append(nbformat.v4.new_markdown_cell(markdown(source, room, known)))
-        if first and not room: cells.append(nbformat.v4.new_markdown_cell(toctree(tutorials() + everything)))
+        if first and not room: cells.append(nbformat.v4.new_markdown_cell(toctree([start(), *everything, *tutorials()])))
         first = False
     nb = nbformat.v4.new_notebook(cells=cells, metadata={"kernelspec": {"name": "python3", "display_name": "python3"},
                                                          "language_info": {"name": "python", "pygments_lexer": "ipython3"}})
@@ -265,29 +271,34 @@ def read(text: str, path: str = "") -> nbformat.NotebookNode:
 
 
 def contents(all_rooms: list) -> str:
-    "The rooms by parts, as tables: the front door's list."
-    out = []
+    "Learn, use, look up: the front door's list of pages, the rooms by parts."
+    out, s = ["### Learn"], settings()
     for part, group in groupby(all_rooms, lambda r: r.part):
         rows = [f"| [{r.number:02d} {r.title}](nbs/{r.path.name}) | {f'`{r.module}`' if r.module else '–'} | {r.subtitle} |" for r in group]
-        out.append("\n".join([f"### {part.name}", "", f"*{part.caption[0].upper()}{part.caption[1:]}.*", "", "| room | module | |", "|---|---|---|", *rows]))
+        out.append("\n".join([f"**{part.name}.** *{part.caption[0].upper()}{part.caption[1:]}.*", "", "| room | module | |", "|---|---|---|", *rows]))
+    rows = [f"| [{t.title}](nbs/tutorials/{t.path.name}) | {t.subtitle} |" for t in tutorials()]
+    out += ["### Use", "\n".join(["| on a model of your own | |", "|---|---|", *rows]), "### Reference",
+            f"[The names to build on]({s['doc_host']}{s['doc_baseurl']}/docs/reference.html), about forty, with parameters and examples; "
+            f"[internals]({s['doc_host']}{s['doc_baseurl']}/docs/internals.html), all the others."]
     return "\n\n".join(out)
 
 
 def toctree(all_rooms: list) -> str:
     "The reading order, for Sphinx; the visible navigation is docs/_templates/rooms.html."
-    docs = [r.doc for r in all_rooms] + ["docs/reference", "CONTRIBUTING"]
+    docs = [r.doc for r in all_rooms] + ["docs/reference", "docs/internals", "CONTRIBUTING"]
     return "```{toctree}\n:hidden:\n\n" + "\n".join(docs) + "\n```"
 
 
-def reference(all_rooms: list) -> str:
-    "Every public name, room by room: the body of docs/reference.md."
-    out = []
+def internals(all_rooms: list) -> str:
+    "Every public name that the reference leaves to the rooms, room by room: the body of docs/internals.md."
+    from api import names
+    documented, out = set(names()), []
     for r in all_rooms:
-        if not r.exports: continue
-        out += [f"## `{r.module}`", f"[{r.caption}](../{r.doc}.ipynb)", "| name | what it does |\n|---|---|"]
+        rest = [e for e in r.exports if f"{r.module}.{e.name}" not in documented]
+        if not rest: continue
         rows = []
-        for e in r.exports:
+        for e in rest:
             name = f"[`{e.call}`](#{e.label})" if e.label else f"`{e.call}`"
             rows.append(f"| {name} | {e.doc.replace('|', chr(92) + '|')} |")
-        out[-1] += "\n" + "\n".join(rows)
+        out += [f"## `{r.module}`", f"[{r.title}](../{r.doc}.ipynb)", "| name | what it does |\n|---|---|\n" + "\n".join(rows)]
     return "\n\n".join(out)

@@ -4,7 +4,7 @@ import argparse, base64, json, re, sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
-from reader import RE_DIRECTIVE, ROOT, directives, settings
+from reader import RE_DIRECTIVE, ROOT, directives, settings, start
 
 IMAGES = "docs/images"
 
@@ -14,7 +14,8 @@ def badges() -> str:
     s = settings()
     site = s["doc_host"] + s["doc_baseurl"]
     tests = f"{s['git_url']}/actions/workflows/test.yaml"
-    return f"[![tests]({tests}/badge.svg)]({tests}) · [Read the book]({site}) · [Every public name]({site}/docs/reference.html)"
+    colab = f"[![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)]({start().colab})"
+    return f"[![tests]({tests}/badge.svg)]({tests}) {colab} · [Read the book]({site}) · [Reference]({site}/docs/reference.html)"
 
 
 def output(o: dict, images: dict) -> str:

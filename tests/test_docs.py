@@ -9,7 +9,7 @@ from urllib.parse import unquote, urldefrag, urlsplit
 import numpy as np
 import pytest
 from live import picture, turned
-from reader import RE_BADGE, RE_CALLOUT, callout, directives, link_names, markdown, read, rooms, tutorials
+from reader import RE_BADGE, RE_CALLOUT, callout, directives, link_names, markdown, read, rooms, start, tutorials
 from readme import readme
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -60,7 +60,7 @@ def test_the_readme_follows_the_front_door():
 
 
 def test_a_notebook_carries_its_own_button():
-    for r in rooms() + tutorials():
+    for r in [start(), *rooms(), *tutorials()]:
         prose = "\n".join("".join(c["source"]) for c in json.loads(r.path.read_text(encoding="utf-8"))["cells"] if c["cell_type"] == "markdown")
         assert [m[1] for m in RE_BADGE.finditer(prose)] == [r.colab], r.path.name
 
@@ -72,6 +72,16 @@ def test_rooms_keep_to_their_size():
             for o in c.get("outputs", []):
                 assert o["output_type"] != "error", f"{r.path.name} shows an error"
                 assert len("".join(o.get("data", {}).get("image/png", ""))) * 3 // 4 < 50_000, f"{r.path.name} has a figure above 50 kB"
+
+
+def test_every_room_ends_alike():
+    "What to remember, exercises with folded answers, and a link to what comes next, which is the last thing it says."
+    for r in rooms():
+        prose = ["".join(c["source"]) for c in json.loads(r.path.read_text(encoding="utf-8"))["cells"] if c["cell_type"] == "markdown"]
+        text = "\n".join(prose)
+        assert re.search(r"^## What (to remember|we found)", text, re.M), f"{r.path.name}: what is there to remember?"
+        assert re.search(r"^#+ Exercises", text, re.M), f"{r.path.name} has no exercises"
+        assert re.search(r"^Next: .*\[[^\]]+\]\([^)]+\.ipynb\)", prose[-1], re.M), f"{r.path.name}: its last cell has to say where to go next"
 
 
 # --- the site
@@ -93,9 +103,9 @@ def pages(site: Path) -> list:
 
 
 def test_every_room_has_a_page(site):
-    missing = {"index.html", "docs/reference.html", *(f"{r.doc}.html" for r in rooms() + tutorials())} - set(pages(site))
+    missing = {"index.html", "docs/reference.html", "docs/internals.html", *(f"{r.doc}.html" for r in [start(), *rooms(), *tutorials()])} - set(pages(site))
     assert not missing
-    for r in rooms() + tutorials():
+    for r in [start(), *rooms(), *tutorials()]:
         html = (site / f"{r.doc}.html").read_text(encoding="utf-8")
         assert r.colab in html, f"{r.doc} has no Colab link"
         for e in r.exports: assert not e.label or f'id="{e.label}"' in html, f"{r.doc} has no anchor for {e.name}"

@@ -41,29 +41,6 @@ def side_of(shape: tuple,  # (m, n) of a weight
     "On which side of a weight of this shape its small square Q stands."
     return "left" if shape[0] <= shape[1] else "right"
 
-# %% ../nbs/00_svd.ipynb #379db7a7
-def _check(W):
-    "The exponent e of the largest |entry| of W, 2^(e-1) <= |entry| < 2^e; ValueError for a bad W."
-    if W.ndim != 2:
-        raise ValueError(f"a matrix (m, n) is needed, not a tensor of shape {tuple(W.shape)}")
-    if W.numel() == 0: raise ValueError(f"the matrix is empty: shape {tuple(W.shape)}")
-    if not W.is_floating_point():
-        raise ValueError(f"a floating-point matrix is needed, not {W.dtype}; dequantise it first")
-    if W.is_meta: return 0
-    low, high = (v.item() for v in W.aminmax())
-    if math.isnan(low): raise ValueError(f"the matrix of shape {tuple(W.shape)} holds NaN")
-    if math.isinf(low) or math.isinf(high):
-        raise ValueError(f"the matrix of shape {tuple(W.shape)} holds Inf")
-    limit = 1000 if W.dtype == torch.float64 else 120  # 2^-e must itself be a finite number
-    return min(max(math.frexp(max(-low, high))[1], -limit), limit)
-
-# %% ../nbs/00_svd.ipynb #36b61751
-def _canonical(Q):
-    "Flip columns of Q so that the first entry within 0.1% of the largest one is positive."
-    size = Q.abs()
-    first = (size >= 0.999 * size.amax(0)).to(torch.uint8).argmax(0)
-    return Q * torch.where(Q.gather(0, first[None]) < 0, -1.0, 1.0).to(Q.dtype)
-
 # %% ../nbs/00_svd.ipynb #7ed9700c
 def _parts(A, dtype, exponent, columns=1024):
     "The columns of A (p, q) a few at a time, divided by 2^exponent, in `dtype`."
@@ -98,6 +75,29 @@ def _by_svd(A, dtype, exponent):
     "The same two from `torch.linalg.svd`: the reference."
     U, S, _ = torch.linalg.svd(torch.cat(list(_parts(A, dtype, exponent)), 1), full_matrices=False)
     return U, S
+
+# %% ../nbs/00_svd.ipynb #379db7a7
+def _check(W):
+    "The exponent e of the largest |entry| of W, 2^(e-1) <= |entry| < 2^e; ValueError for a bad W."
+    if W.ndim != 2:
+        raise ValueError(f"a matrix (m, n) is needed, not a tensor of shape {tuple(W.shape)}")
+    if W.numel() == 0: raise ValueError(f"the matrix is empty: shape {tuple(W.shape)}")
+    if not W.is_floating_point():
+        raise ValueError(f"a floating-point matrix is needed, not {W.dtype}; dequantise it first")
+    if W.is_meta: return 0
+    low, high = (v.item() for v in W.aminmax())
+    if math.isnan(low): raise ValueError(f"the matrix of shape {tuple(W.shape)} holds NaN")
+    if math.isinf(low) or math.isinf(high):
+        raise ValueError(f"the matrix of shape {tuple(W.shape)} holds Inf")
+    limit = 1000 if W.dtype == torch.float64 else 120  # 2^-e must itself be a finite number
+    return min(max(math.frexp(max(-low, high))[1], -limit), limit)
+
+# %% ../nbs/00_svd.ipynb #36b61751
+def _canonical(Q):
+    "Flip columns of Q so that the first entry within 0.1% of the largest one is positive."
+    size = Q.abs()
+    first = (size >= 0.999 * size.amax(0)).to(torch.uint8).argmax(0)
+    return Q * torch.where(Q.gather(0, first[None]) < 0, -1.0, 1.0).to(Q.dtype)
 
 # %% ../nbs/00_svd.ipynb #bbca1063
 @torch.no_grad()
