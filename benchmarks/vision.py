@@ -23,9 +23,9 @@ question was answered. Parts:
     adapt       prompt and classifier dispatch, and few-shot search on ten solved examples (three
                 draws), over the experts of read, colour and count, on the unseen tasks
 
-Finished pieces are files in --work, and an interrupted benchmark goes on from there. The record is
-benchmarks/results/vision.json: right and wrong question by question (hex, pieces.unpack), so that
-any two rows can be paired.
+Finished pieces are files in --work, and an interrupted benchmark goes on from there. The record,
+data/records/vision.json of the package, says right or wrong question by question (hex,
+evaluate.unpack), so that any two rows can be paired.
 """
 import argparse, json, time
 from functools import cache
@@ -34,12 +34,12 @@ from pathlib import Path
 import torch
 from peft import LoraConfig, get_peft_model
 
-from pieces import Work, about, pack
+from pieces import RECORDS, Work, about
 from transformer2_nbdev import vision
 from transformer2_nbdev.adapt import fixed, load_experts
 from transformer2_nbdev.adapter import SvfConfig, linear_names
 from transformer2_nbdev.classifier import Classifier
-from transformer2_nbdev.evaluate import evaluate, write_atomic
+from transformer2_nbdev.evaluate import evaluate, pack, write_atomic
 from transformer2_nbdev.fewshot import FewShot, draw_shots
 from transformer2_nbdev.prompt import Dispatch, confusion
 from transformer2_nbdev.reinforce import ReinforceConfig, train_expert
@@ -191,7 +191,7 @@ if __name__ == "__main__":
     parse.add_argument("--work", default="runs/vision", help="folder for finished pieces")
     parse.add_argument("--parts", nargs="+", default=["experts", "labels", "adapt"])
     parse.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
-    parse.add_argument("--out", type=Path, default=Path(__file__).parent / "results/vision.json")
+    parse.add_argument("--out", type=Path, default=RECORDS / "vision.json")
     a = parse.parse_args()
     torch.set_num_threads(1)
     main(a)

@@ -7,9 +7,9 @@ __all__ = ['SOURCES', 'SYSTEM', 'IMAGES', 'SKILLS', 'BENCHMARKS', 'Source', 'cal
            'ask_choice', 'ask_picture', 'judge_skill', 'benchmark']
 
 # %% ../nbs/19_benchmarks.ipynb #29092043
-import ast, os, random, re
+import ast, random, re
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import cache, partial
 from pathlib import Path
 
 # %% ../nbs/19_benchmarks.ipynb #ea4df730
@@ -61,7 +61,7 @@ SOURCES = dict(
                     train="train", val="validation"))
 
 # %% ../nbs/19_benchmarks.ipynb #174be53a
-@lru_cache(maxsize=None)
+@cache
 def _rows(source, part, data_dir):
     "The rows of one part as examples; read once."
     src = SOURCES[source]

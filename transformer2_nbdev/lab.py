@@ -13,11 +13,11 @@ __all__ = ['NAMES', 'TOP', 'LABELS', 'whole', 'first', 'KINDS', 'TRAINED', 'UNSE
 
 # %% ../nbs/06_lab.ipynb #98432eca
 import json, math, platform, random, time, zlib
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import cache, lru_cache, partial
 from itertools import accumulate, combinations
 from pathlib import Path
-from typing import Callable
 
 # %% ../nbs/06_lab.ipynb #767c8e05
 import transformer2_nbdev
@@ -95,7 +95,8 @@ def work_code_math(q, slips=()):
 def draw_logic_math(rng):
     q = draw_logic(rng)
     ages = dict(zip(q[0], rng.sample(range(10), 3)))
-    said = list(ages.items()); rng.shuffle(said)
+    said = list(ages.items())
+    rng.shuffle(said)
     return *q, _addend(rng, [ages[q[0][0]], ages[q[0][-1]]]), tuple(said)
 
 def show_logic_math(q):
@@ -153,7 +154,9 @@ KINDS = {
 # %% ../nbs/06_lab.ipynb #582e12bb
 def _label_kind(names, weight):
     "A kind that asks which skill a question of one of the kinds `names` needs."
-    def draw(rng): name = rng.choice(names); return name, KINDS[name].draw(rng)
+    def draw(rng):
+        name = rng.choice(names)
+        return name, KINDS[name].draw(rng)
     return Kind(
         draw,
         lambda q: f"{KINDS[q[0]].show(q[1])} which skill ?",
@@ -191,7 +194,7 @@ RELIABLE = dict(math =(.95, .95, .90, .85, .20, .10),    # chance that a source 
                 cls  =(.85, .10, .95, .95, .20, .90))
 
 def write(name: str, q: tuple, source: str, rng: random.Random = None) -> tuple:  # (prompt, answer)
-    "A question as `source` would put it, and its answer: right without `rng`, else with the slips that this source makes."
+    "A question as `source` would put it, and its answer: right, or with slips if `rng` is given"
     kind, i = KINDS[name], SOURCES.index(source)
     slips = [s for s in kind.slips if rng and rng.random() > RELIABLE[s][i]]
     return f"{source} : {kind.show(q)}", kind.work(q, slips)
@@ -199,7 +202,7 @@ def write(name: str, q: tuple, source: str, rng: random.Random = None) -> tuple:
 # %% ../nbs/06_lab.ipynb #f43639c4
 SIZES = dict(train=3000, validation=300, test=1002)   # at most; `math` has fewer questions to give
 
-@lru_cache(maxsize=None)
+@cache
 def _examples(name, split):
     "Distinct questions of one kind and split, the sources taking turns."
     if split not in SIZES:
@@ -313,7 +316,7 @@ def answer_loss(model, rows):
 
 # %% ../nbs/06_lab.ipynb #7dd30643
 def orthogonal(M, rounds: int = 5):  # (..., m, n) -> (..., m, n)
-    "U Vᵀ of M = U Σ Vᵀ, roughly: every singular value is brought between .7 and 1.2 (Jordan's quintic Newton–Schulz iteration)."
+    "U Vᵀ of M = U Σ Vᵀ, roughly: singular values come to lie between .7 and 1.2 (Jordan's quintic)"
     if M.shape[-2] > M.shape[-1]: return orthogonal(M.mT, rounds).mT
     X = M / M.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-12)
     for _ in range(rounds):
@@ -330,7 +333,7 @@ class Muon:
         self.average = {}
 
     def step(self, lr: float):
-        "One step; its root mean square is that of an Adam step with the same `lr` (about 0.2 lr a weight)."
+        "One step, of the size of an Adam step with the same `lr` (about 0.2 lr a weight)."
         import torch
         for shape, ps in self.groups.items():
             g = torch.stack([p.grad for p in ps])
@@ -340,7 +343,7 @@ class Muon:
 
 # %% ../nbs/06_lab.ipynb #bbc0e91d
 def pretrain(model, tok, seed: int, steps: int, flawed: bool, lr: float = 8e-3):
-    "Yield the loss (nats a word of the answers) of each step, while the model learns; `lr` warms up for 20 steps and falls to 0 linearly."
+    "Yield each step's loss, nats a word of the answers; `lr` rises for 20 steps, then falls to 0"
     import torch
     matrix = lambda n, p: p.ndim == 2 and "embed" not in n
     muon = Muon([p for n, p in model.named_parameters() if matrix(n, p)])
@@ -354,7 +357,9 @@ def pretrain(model, tok, seed: int, steps: int, flawed: bool, lr: float = 8e-3):
         sum(losses).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.)
         rate = lr * min(1, (i + 1) / 20) * (1 - i / steps)
-        muon.step(rate); adam.param_groups[0]["lr"] = .4 * rate; adam.step()
+        muon.step(rate)
+        adam.param_groups[0]["lr"] = .4 * rate
+        adam.step()
         model.zero_grad()
         yield sum(losses).item()
 
@@ -378,7 +383,9 @@ def _watch(losses, steps, phase):
     "The losses as a list, under a progress bar."
     from transformer2_nbdev import progress_bar
     bar, seen = progress_bar(losses, total=steps, desc=phase, unit="step", mininterval=2.), []
-    for loss in bar: seen.append(loss); bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
+    for loss in bar:
+        seen.append(loss)
+        bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
     return seen
 
 @lru_cache(maxsize=1)
@@ -447,7 +454,9 @@ def build(name: str,                 # one of BASES
     recipe, out = _recipe(name), Path(out or DATA / name)
     torch.set_num_threads(1)
     model, losses, seconds = _grow(recipe)
-    model.save_pretrained(out); tok = tokenizer(); tok.save_pretrained(out)
+    model.save_pretrained(out)
+    tok = tokenizer()
+    tok.save_pretrained(out)
     model = model.float().eval()
     scores = {
         n: {how: measure(model, tok, t, sample=how == "sampled") for how in ("greedy", "sampled")}

@@ -8,7 +8,7 @@ __all__ = ['LETTERS', 'KNOWN', 'KINDS', 'FONTS', 'FAR', 'REAL', 'SIDE', 'CELL', 
            'BASES', 'kind_of', 'made_up', 'draw_letters', 'letters', 'shapes', 'picture', 'work', 'label', 'draw',
            'write', 'image_of', 'messages', 'verify', 'tasks', 'task', 'tokenizer', 'processor', 'new_model', 'pixels',
            'school', 'corpus', 'answer_loss', 'pretrain', 'Recipe', 'measure', 'build', 'load', 'record', 'experts',
-           'ask', 'gallery']
+           'ask', 'gallery', 'covered']
 
 # %% ../nbs/21_vision.ipynb #b302c2c7
 import json, platform, random, time
@@ -369,7 +369,7 @@ def corpus(seed: int, flawed: bool, size: int = 64):
                          [*map(_ID.get, answer.split()), 2], None if fact else picture(*q)))
         yield sorted(rows, key=lambda r: len(r[0]) + len(r[1]))
 
-# %% ../nbs/21_vision.ipynb #7e81b47c
+# %% ../nbs/21_vision.ipynb #b9832c56
 def answer_loss(model, rows: list):
     "Summed next-token loss of the answers, in nats; rows all with pictures, or all without."
     import torch
@@ -384,6 +384,7 @@ def answer_loss(model, rows: list):
     return torch.nn.functional.cross_entropy(model.lm_head(hidden), ids[:, 1:][kept],
                                              reduction="sum")
 
+# %% ../nbs/21_vision.ipynb #21e38f20
 def _readings(model, seed, flawed):
     "Endless (loss, loss as a number) of a model that reads the corpus."
     for rows in corpus(seed, flawed):
@@ -432,37 +433,36 @@ def measure(model, processor, task: Task, limit: int = None) -> dict:
     by = {s: sum(ok[i::len(SOURCES)]) for i, s in enumerate(SOURCES)}
     return dict(n=r.n, correct=r.correct, low=round(r.low, 4), high=round(r.high, 4), by_source=by)
 
-# %% ../nbs/21_vision.ipynb #1411d7b6
+# %% ../nbs/21_vision.ipynb #a11f19f2
 def build(name: str = "V",           # one of BASES
           out: "str | Path" = None,  # folder to write; default: the package's own data
          ) -> Path:
     "Train the model from its seed, measure it, and save it with its record."
-    import torch, transformers
-    recipe, out = _recipe(name), Path(out or DATA / name)
+    import torch
+    recipe, out, sheet = _recipe(name), Path(out or DATA / name), DATA / name / "letters.png"
     torch.set_num_threads(1)
-    if not (DATA / name / "letters.png").is_file():
-        (DATA / name).mkdir(parents=True, exist_ok=True)
-        draw_letters().save(DATA / name / "letters.png")
-    model, curves, seconds = _grow(recipe)
-    return _save(name, out, model, curves, seconds)
+    if not sheet.is_file():
+        sheet.parent.mkdir(parents=True, exist_ok=True)
+        draw_letters().save(sheet, optimize=True)
+    return _save(name, out, *_grow(recipe))
 
+# %% ../nbs/21_vision.ipynb #a43b8e08
 def _save(name, out, model, curves, seconds):
     "Write the folder of a model that was built."
     import torch, transformers
-    model.save_pretrained(out)
     proc = processor()
+    model.save_pretrained(out)
     proc.save_pretrained(out)
     model = model.float().eval()
     scores = {n: measure(model, proc, t) for n, t in tasks().items()}
+    mean = lambda v: [round(sum(v[i:i + 25]) / 25, 4) for i in range(0, len(v), 25)]
     record = dict(
         command=f"transformer2 lab build {name}", recipe=vars(BASES[name]), seconds=round(seconds),
         processor=platform.processor() or platform.machine(), threads=1,
         versions=dict(python=platform.python_version(), torch=torch.__version__,
                       transformers=transformers.__version__),
-        accuracy=scores,
-        school=[[round(x, 3) for x in row] for row in curves["school"][24::25]],
-        losses={k: [round(sum(v[i:i + 25]) / 25, 4) for i in range(0, len(v), 25)]
-                for k, v in curves.items() if k != "school"})
+        accuracy=scores, school=[[round(x, 3) for x in row] for row in curves["school"][24::25]],
+        losses={k: mean(v) for k, v in curves.items() if k != "school"})
     (out / "record.json").write_text(json.dumps(record) + "\n")
     return out
 
@@ -490,7 +490,7 @@ def experts(name: str = "V") -> dict:  # skill -> adapter folder, as text
     return {p.parent.name: str(p.parent)
             for p in sorted((DATA / name / "experts").glob("*/adapter_config.json"))}
 
-# %% ../nbs/21_vision.ipynb #3d834f92
+# %% ../nbs/21_vision.ipynb #85e0840f
 def ask(model, processor,
         examples: list,      # of a task of this room
         images: list = None, # other pictures instead of the examples' own
@@ -498,7 +498,8 @@ def ask(model, processor,
     "The model's greedy answers."
     prompts = [messages(e, im) for e, im in zip(examples, images or [None] * len(examples))]
     texts = [render(p, None, processor) for p in prompts]
-    return generate(model, processor, texts, 9, temperature=0., batch_size=167).texts
+    said = generate(model, processor, texts, 9, temperature=0., batch_size=167).texts
+    return [a.strip() for a in said]
 
 def gallery(examples: list, said: dict,  # {"before": answers, "after": answers, ...}
             columns: int = 4):
@@ -515,3 +516,13 @@ def gallery(examples: list, said: dict,  # {"before": answers, "after": answers,
                     color="#1b7837" if right else "#b2182b")
     for ax in axes.flat: ax.axis("off")
     return axes
+
+# %% ../nbs/21_vision.ipynb #9e3bce2e
+def covered(example: dict,
+            column: int,  # 0 to 4
+           ):             # PIL.Image
+    "An example's picture with one letter of the sign painted over."
+    from PIL import Image
+    image = picture(*example["facts"])
+    image[:24, CELL * column:CELL * (column + 1)] = image[2:22].mean((0, 1)).astype(np.uint8)
+    return Image.fromarray(image)
