@@ -1,22 +1,21 @@
 """The lab's model that sees, and what adapts it: `python benchmarks/vision.py --work FOLDER`.
 
-Model V (transformers' LLaVA, 570,336 weights) learns *read* from rewards (+1, and -0.1 for a wrong
-answer) in one loop (reinforce.train_expert, lr="auto": no rate was chosen by hand), with one budget,
-by each of
+Model V (a LLaVA of 570,336 weights) learns *read* from rewards (+1, and -0.1 for a wrong answer) in
+one loop (reinforce.train_expert, lr="auto": no rate was chosen by hand), with one budget, by each
 
     language     SVF on the linear layers of the language model (the paper's choice)
     vision       SVF on those of the vision tower
     both         SVF on both, and on the bridge between them
     two layers   SVF on the last two of the language model's three layers (the paper: half of them)
-    LoRA r1      LoRA of rank 1 on the language model's attention: about as many numbers as SVF
+    LoRA r1      LoRA of rank 1 on the language model's attention: about as many numbers
     LoRA r16     LoRA of rank 16 on all linear layers of the language model
 
 The kept step is the best of the validations (split "validation"). Then 1,002 test questions of each
-task are answered greedily: read, the two unseen ones (animal, letters), and the two skills that were
-not trained (colour, count). Settings, methods and seeds were written down before the first test
+task are answered greedily: read, the two unseen ones (animal, letters), and the two skills that
+were not trained (colour, count). Methods and settings were written down before the first test
 question was answered. Parts:
 
-    methods     all methods on seeds 0 and 1
+    methods     all methods, on each of --seeds
     experts     seed 0, SVF on the language model, for colour, count and cls as well; they and that
                 of read ship with V
     labels      what the base and the cls expert call the questions of each task
@@ -47,6 +46,7 @@ from transformer2_nbdev.reinforce import ReinforceConfig, train_expert
 BUDGET = dict(steps=16, batch_size=96, rollout_batch=96, val_every=4, val_limit=150)
 TESTED = "read", "animal", "letters", "colour", "count"
 EXPERTS = "read", "colour", "count"
+LABELLED = 501                  # test questions of each task that the dispatchers label
 SEARCH = dict(generations=6, patience=3, population=16)
 WORDING = dict(ask=lambda p: f"{p} which skill ?", say=lambda label: f"\\boxed{{ {label} }}",
                other=None, max_new_tokens=4, batch_size=167)
@@ -130,7 +130,7 @@ def dispatchers(model):
 def labels(model, name):
     "How often the base and the classifier give each label to a task's test questions"
     tasks = world()[1]
-    prompts = [tasks[name].prompt(e) for e in tasks[name].examples("test")]
+    prompts = [tasks[name].prompt(e) for e in tasks[name].examples("test")[:LABELLED]]
     out = {}
     for k, d in dispatchers(model).items():
         c = confusion([name] * len(prompts), d.classify(prompts), list(EXPERTS))
@@ -147,7 +147,7 @@ def searched(model, name, seed):
                 **answered(model, name, few))
 
 
-def adapt(work, folder, seeds):
+def adapt(work, folder, draws):
     "Every way to choose among the experts, on the unseen tasks"
     out, model = {}, None
     for name in vision.UNSEEN:
@@ -160,7 +160,7 @@ def adapt(work, folder, seeds):
         for k in ("prompt", "classifier"):
             choose = lambda: answered(get(), name, dispatchers(get())[k])
             rows[k] = work.do(f"adapt_{name}_{k}", choose)
-        few = [work.do(f"adapt_{name}_few_{s}", lambda: searched(get(), name, s)) for s in seeds]
+        few = [work.do(f"adapt_{name}_few_{s}", lambda: searched(get(), name, s)) for s in draws]
         out[name] = dict(rows=rows, few=few)
     return out
 
@@ -181,7 +181,7 @@ def main(a):
     if "labels" in a.parts:
         model = with_experts(made, (*EXPERTS, "cls"))
         out["labels"] = {t: work.do(f"labels_{t}", lambda: labels(model, t)) for t in TESTED}
-    if "adapt" in a.parts: out["adapt"] = adapt(work, made, (0, 1, 2))
+    if "adapt" in a.parts: out["adapt"] = adapt(work, made, a.draws)
     out |= dict(seconds=round(time.perf_counter() - began)) | about()
     write_atomic(a.out, json.dumps(out) + "\n")
 
@@ -191,6 +191,7 @@ if __name__ == "__main__":
     parse.add_argument("--work", default="runs/vision", help="folder for finished pieces")
     parse.add_argument("--parts", nargs="+", default=["experts", "labels", "adapt"])
     parse.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
+    parse.add_argument("--draws", type=int, nargs="+", default=[0, 1, 2], help="of ten shots")
     parse.add_argument("--out", type=Path, default=RECORDS / "vision.json")
     a = parse.parse_args()
     torch.set_num_threads(1)

@@ -10,10 +10,10 @@ __all__ = ['LETTERS', 'KNOWN', 'KINDS', 'FONTS', 'FAR', 'REAL', 'SIDE', 'CELL', 
            'school', 'corpus', 'answer_loss', 'pretrain', 'Recipe', 'measure', 'build', 'load', 'record', 'experts',
            'ask', 'gallery', 'covered']
 
-# %% ../nbs/21_vision.ipynb #b302c2c7
+# %% ../nbs/21_vision.ipynb #ce323022
 import json, platform, random, time
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import cache, partial
 from pathlib import Path
 
 # %% ../nbs/21_vision.ipynb #ddb7ec48
@@ -63,7 +63,7 @@ def made_up(rng: random.Random) -> str:
     "Three to five letters in a row, with vowels about as often as in words."
     return "".join(rng.choices("aeio" + LETTERS, k=rng.randint(3, 5)))
 
-# %% ../nbs/21_vision.ipynb #f7e7b58c
+# %% ../nbs/21_vision.ipynb #33c1fbae
 SIDE, CELL = 60, 12                     # pixels: of a picture, of a patch
 FONT_NAMES = (*sum(FONTS.values(), ()), *FAR)
 
@@ -81,7 +81,7 @@ def draw_letters():  # PIL.Image, one row a font, one column a letter
             sheet.paste(cell, (CELL * j, 18 * i))
     return sheet
 
-@lru_cache(maxsize=None)
+@cache
 def letters() -> dict:  # (font, letter) -> (18, 12, 1) between 0 and 1
     "The letters that ship with the lab."
     from PIL import Image
@@ -89,12 +89,12 @@ def letters() -> dict:  # (font, letter) -> (18, 12, 1) between 0 and 1
     return {(f, c): sheet[18 * i:18 * i + 18, CELL * j:CELL * j + CELL]
             for i, f in enumerate(FONT_NAMES) for j, c in enumerate(LETTERS)}
 
-# %% ../nbs/21_vision.ipynb #38a30959
+# %% ../nbs/21_vision.ipynb #17e1a4bf
 COLOURS = dict(red=(205, 45, 40), green=(50, 160, 60), blue=(50, 80, 205), yellow=(215, 190, 40),
                purple=(150, 60, 170))
 MOST = 6   # shapes in a picture
 
-@lru_cache(maxsize=None)
+@cache
 def shapes() -> list:  # of (10, 10, 1) between 0 and 1
     "A disc, a square, a triangle."
     from PIL import Image, ImageDraw
@@ -183,7 +183,7 @@ def write(name: str, q, source: str, rng: random.Random = None) -> tuple:  # (qu
     if skill == "cls": return f"{source} : {ASK[base]} which skill ?", label(base, slips)
     return f"{source} : {ASK[base]}", work(base, q, slips)
 
-# %% ../nbs/21_vision.ipynb #90c7c5d3
+# %% ../nbs/21_vision.ipynb #e8a82e35
 SIZES = dict(train=3000, validation=300, test=1002)
 TASKS = (*ASK, "cls", "cls-unseen")
 
@@ -193,7 +193,7 @@ def _base(name, i):
     asked = UNSEEN if name == "cls-unseen" else TRAINED
     return asked[i // len(SOURCES) % len(asked)]
 
-@lru_cache(maxsize=None)
+@cache
 def _examples(name, split):
     "Questions of one task and split, the sources taking turns."
     if split not in SIZES:
