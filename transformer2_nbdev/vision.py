@@ -490,7 +490,7 @@ def experts(name: str = "V") -> dict:  # skill -> adapter folder, as text
     return {p.parent.name: str(p.parent)
             for p in sorted((DATA / name / "experts").glob("*/adapter_config.json"))}
 
-# %% ../nbs/21_vision.ipynb #d6e2dc60
+# %% ../nbs/21_vision.ipynb #43819c59
 def ask(model, processor,
         examples: list,      # of a task of this room
         images: list = None, # other pictures instead of the examples' own
@@ -511,7 +511,7 @@ def gallery(examples: list, said: dict,  # {"before": answers, "after": answers,
         ax.imshow(image_of(e))
         ax.set_title(e["text"], fontsize=7)
         for j, (who, texts) in enumerate(said.items()):
-            right = texts[i].strip().split(" = ")[-1] == e["gold"] or boxed(texts[i]) == e["gold"]
+            right = verify("cls" if e["text"].endswith("skill ?") else "", texts[i], e).correct
             ax.text(0, 67 + 9 * j, f"{who}: {texts[i]}", fontsize=7, clip_on=False,
                     color="#1b7837" if right else "#b2182b")
     for ax in axes.flat: ax.axis("off")
