@@ -37,8 +37,8 @@ from transformers.pytorch_utils import Conv1D
 from .adapter import (SvfConfig, SvfLayer, block_index, linear_names, offset,
                                         resolve_targets, rows_in_place, svf_layers, weight_of)
 from .fused import enter_step, leave_step
-from .reinforce import kl_per_token, policy_loss
-from .rollout import (PIECE, Rollouts, encode, inner, pad_left,
+from .reinforce import policy_loss
+from .rollout import (PIECE, Rollouts, encode, inner, kl_per_token, pad_left,
                                         vocab_logprobs)
 from .svf import linear_shapes
 from .tasks import render
