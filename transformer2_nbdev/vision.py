@@ -446,14 +446,14 @@ def build(name: str = "V",           # one of BASES
         draw_letters().save(sheet, optimize=True)
     return _save(name, out, *_grow(recipe))
 
-# %% ../nbs/21_vision.ipynb #a43b8e08
+# %% ../nbs/21_vision.ipynb #2e9c0105
 def _save(name, out, model, curves, seconds):
     "Write the folder of a model that was built."
     import torch, transformers
     proc = processor()
     model.save_pretrained(out)
     proc.save_pretrained(out)
-    model = model.float().eval()
+    model = type(model).from_pretrained(out, dtype=torch.float32).eval()     # as `load` has it
     scores = {n: measure(model, proc, t) for n, t in tasks().items()}
     mean = lambda v: [round(sum(v[i:i + 25]) / 25, 4) for i in range(0, len(v), 25)]
     record = dict(
