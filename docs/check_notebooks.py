@@ -2,9 +2,9 @@
 """What notebooks must hold to and ruff cannot see: `python docs/check_notebooks.py [notebook ...]`.
 
 Lines have at most 100 columns and cells at most 30 lines (directives and blank lines aside), in
-teaching cells one statement a line; `#| export` stands once, at the head of its cell; every notebook
-has one H1, no two the same, and its own Colab button; outputs hold no error, no execution count and
-no path of the machine that ran them. Prints one line for each fault and fails if there is one.
+teaching cells one statement a line; `#| export` stands once, at the head of its cell; every
+notebook has one H1, no two the same, and its own Colab button; outputs hold no error, no execution
+count and no path of the machine that ran them. Prints one line for each fault, and fails then.
 """
 import argparse, io, json, re, sys, tokenize
 from collections import Counter
@@ -17,7 +17,8 @@ RE_EXPORT = re.compile(r"^#\|\s*exports?\b", re.M)
 RE_DIRECTIVE = re.compile(r"^\s*#\|")
 RE_MAGIC = re.compile(r"^\s*[%!]")
 RE_FENCE = re.compile(r"^(```|~~~)")
-RE_MACHINE = re.compile(r"(?<![\w./:-])/(?:home|root|work|Users|tmp|var/folders|content|mnt)/[\w.-]+")
+RE_MACHINE = re.compile(r"(?<![\w./:-])"
+                        r"/(?:home|root|work|Users|tmp|var/folders|content|mnt)/[\w.-]+")
 
 
 def statements_on_a_line(source: str) -> list: # numbers of lines
@@ -31,7 +32,7 @@ def statements_on_a_line(source: str) -> list: # numbers of lines
 
 
 def long_prose(source: str) -> list: # numbers of lines
-    "Lines of prose that are too wide; tables, links, formulas and code in fences are as wide as they are"
+    "Lines of prose that are too wide; tables, links, formulas and code in fences may be"
     fenced, found = False, []
     for i, line in enumerate(source.split("\n"), 1):
         if RE_FENCE.match(line): fenced = not fenced
@@ -44,7 +45,8 @@ def faults_of_code(source: str):
     "What is wrong with the source of a code cell"
     lines = source.split("\n")
     for i, line in enumerate(lines, 1):
-        if len(line) > COLUMNS and not RE_MAGIC.match(line): yield f"line {i} has {len(line)} columns"
+        if len(line) > COLUMNS and not RE_MAGIC.match(line):
+            yield f"line {i} has {len(line)} columns"
     body = [l for l in lines if l.strip() and not RE_DIRECTIVE.match(l)]
     if len(body) > LINES: yield f"{len(body)} lines"
     exports = len(RE_EXPORT.findall(source))
@@ -59,8 +61,8 @@ def faults_of_outputs(cell: dict):
     if cell.get("execution_count"): yield "has an execution count: run nbdev_clean"
     for o in cell.get("outputs", []):
         if o["output_type"] == "error": yield f"shows an error, {o.get('ename')}"
-        texts = [o.get("text", ""), *(v for k, v in o.get("data", {}).items() if k.startswith("text"))]
-        for t in texts:
+        data = o.get("data", {})
+        for t in (o.get("text", ""), *(data[k] for k in data if k.startswith("text"))):
             if m := RE_MACHINE.search("".join(t)): yield f"shows a path of a machine, {m[0]}"
 
 
@@ -77,7 +79,7 @@ def faults(path: Path):
              for c in cells if c["cell_type"] == "markdown"]
     titles = [t for p in prose for t in re.findall(r"^# .+", p, re.M)]
     if len(titles) != 1: yield f"{len(titles)} titles (H1): {', '.join(titles)}"
-    if path.parent == ROOT: return                        # the front door is the site's and GitHub's
+    if path.parent == ROOT: return                        # the front door needs no button
     badges = [m[1] for p in prose for m in RE_BADGE.finditer(p)]
     if path.stem[0].isdigit() and badges != [read_room(path).colab]:
         yield "has no Colab button of its own, or another's"

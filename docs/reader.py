@@ -194,8 +194,8 @@ def cover(text: str, room: Room) -> str:
     if not rest: return text
     quote, _, rest = rest.partition("\n\n")
     rest = RE_BADGE.sub("", rest)                                # on a page the bar below has that link
-    if not room: return f"{head}\n{{.subtitle}}\n> {quote}\n\n{rest}"
     s = settings()
+    if not room: return f"{head}\n{{.subtitle}}\n> {quote}\n\n{{.room-bar}}\n[Open in Colab]({start().colab}) [GitHub]({s['git_url']})\n\n{rest}"
     links = [f"[Open in Colab]({room.colab})", f"[Notebook]({s['git_url']}/blob/{s['branch']}/{room.doc}.ipynb)"]
     if room.module: links.append(f"[`{s['lib_name']}.{room.module}`]({s['git_url']}/blob/{s['branch']}/{s['lib_name']}/{room.module}.py)")
     return f"{head}\n{{.subtitle}}\n> {quote}\n\n{{.room-bar}}\n{' '.join(links)}\n\n{rest}"

@@ -1,4 +1,4 @@
-"""Where the tests find things, and the one rule about skipping: a test skips only for the reason that it prints."""
+"""Where the tests find things; and a test skips only for the reason that it prints."""
 import os, sys
 from configparser import ConfigParser
 from pathlib import Path
@@ -6,14 +6,15 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-os.environ.setdefault("OMP_NUM_THREADS", "1")                  # tiny models run several times faster on one thread
+os.environ.setdefault("OMP_NUM_THREADS", "1")      # tiny models run several times faster
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 sys.path[:0] = [str(ROOT), str(ROOT / "docs")]
 
 
 def pytest_report_header(config):
     data = data_dir()
-    return f"published data: {data if data.is_dir() else f'{data} is absent, tests that compare with it skip'}"
+    absent = f"{data} is absent, tests that compare with it skip"
+    return f"published data: {data if data.is_dir() else absent}"
 
 
 def data_dir() -> Path:
@@ -37,5 +38,6 @@ def settings() -> dict:
 @pytest.fixture(scope="session")
 def published() -> Path:
     "The folder of published data, or a skip that says where it was looked for."
-    if not data_dir().is_dir(): pytest.skip(f"no published data at {data_dir()}; set TRANSFORMER2_DATA")
+    if not data_dir().is_dir():
+        pytest.skip(f"no published data at {data_dir()}; set TRANSFORMER2_DATA")
     return data_dir()

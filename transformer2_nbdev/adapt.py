@@ -46,7 +46,7 @@ def fixed(weights: dict | list | torch.Tensor, # {expert: weight}; or (K,) or (L
     if isinstance(weights, dict): experts, weights = list(weights), list(weights.values())
     row = torch.as_tensor(weights, dtype=torch.float32)
     def strategy(prompts): return row.expand(len(prompts), *row.shape)
-    strategy.experts, strategy.form = experts, form
+    strategy.experts, strategy.form = experts, form  # type: ignore[attr-defined]
     return strategy
 
 # %% ../nbs/10_adapt.ipynb #1ca8d1f8
@@ -56,7 +56,7 @@ def told(label: dict | Callable, # prompt -> expert name, or None for the base
     "The strategy that is told every prompt's label"
     find = label.__getitem__ if isinstance(label, dict) else label
     def strategy(prompts): return one_hot([find(p) for p in prompts], experts)
-    strategy.experts = list(experts)
+    strategy.experts = list(experts)  # type: ignore[attr-defined]
     return strategy
 
 # %% ../nbs/10_adapt.ipynb #49d1333a
@@ -81,7 +81,7 @@ def how_to_generate(kwargs: dict,    # what the caller gave, of `model.generate`
     if kwargs.get("generation_config") is not None: return kwargs
     neutral = dict(temperature=(None, 0), top_p=(None, 1), top_k=(None, 0), min_p=(None, 0))
     given = {k: v for k, v in kwargs.items() if v not in neutral.get(k, ())}
-    chosen = dict(do_sample=bool(set(neutral) & set(given)))
+    chosen: dict = dict(do_sample=bool(set(neutral) & set(given)))
     if kwargs.get("temperature") == 0: given["do_sample"] = False
     if given.get("do_sample", chosen["do_sample"]): chosen["top_k"] = 0   # the whole vocabulary
     if not {"max_new_tokens", "max_length"} & set(given): chosen["max_new_tokens"] = limit
@@ -184,7 +184,7 @@ def load_experts(model: nn.Module,       # a bare model, or one that carries exp
     if not folders: raise ValueError("no experts: give {name: folder} with at least one")
     there = getattr(model, "peft_config", {})
     check_names(folders, taken=there)
-    records = {n: read_record(n, f) for n, f in folders.items()}
+    records: dict = {n: read_record(n, f) for n, f in folders.items()}
     loaded = {n: c.base_digests for n, c in there.items() if isinstance(c, SvfConfig)}
     check_same_base(loaded | records)
     for n, f in folders.items():
@@ -243,8 +243,8 @@ class TwoPass:
     def __call__(self, prompt: str | list, **generate_kwargs) -> "Answer | Answers":
         "One prompt, one `Answer`; a list of prompts, `Answers`"
         one = isinstance(prompt, str) or bool(prompt) and isinstance(prompt[0], dict)
-        answers = self.generate([prompt] if one else prompt, **generate_kwargs)
-        return answers[0] if one else answers
+        if one: return self.generate([prompt], **generate_kwargs)[0]
+        return self.generate(prompt, **generate_kwargs)
 
 # %% ../nbs/10_adapt.ipynb #1c21aa32
 def second_pass(tp: TwoPass, prompts: list[str], weights: torch.Tensor, kwargs: dict

@@ -19,6 +19,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from enum import Enum
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -121,7 +122,7 @@ def part_of(model: nn.Module,
 def chosen(model: nn.Module, cfg: SvfConfig
           ) -> tuple[list[str], str]:   # names, and the part in which blocks are counted
     "The linear layers that a shorthand, or no choice at all, stands for"
-    which = (cfg.target_modules or "all-linear").lower()
+    which = str(cfg.target_modules or "all-linear").lower()
     language, vision = part_of(model, "language"), part_of(model, "vision")
     if which == "vision" and not vision:
         raise ValueError('target_modules="vision": this model has no vision tower')
@@ -204,7 +205,7 @@ def loaded(layer: BaseTunerLayer) -> Iterator[None]:
     "Inside, the base weight is at hand, wherever `device_map` has put it"
     base = layer.get_base_layer()
     hook = getattr(base, "_hf_hook", None)
-    if not getattr(hook, "offload", False):
+    if hook is None or not getattr(hook, "offload", False):
         yield
         return
     hook.pre_forward(base)
@@ -319,13 +320,17 @@ class SvfLayer(BaseTunerLayer):
     def __init__(self, base_layer: nn.Module):
         self.base_layer = base_layer
         self.svf_d, self.svf_config = nn.ParameterDict({}), {}
-        self.svf_Q = self.svf_S = None  # plain tensors, no buffers: nobody need send them around
+        # plain tensors, no buffers: nobody need send them around; `make_basis` fills them
+        self.svf_Q: torch.Tensor = None
+        self.svf_S: torch.Tensor = None
         self.quantization_backend = resolve_quantization_backend(self.get_base_layer())
         self._disable_adapters, self.merged_adapters = False, []
-        self._base, self.merge_error = None, 0.0 # the original weight, while merged; see `rounding`
-        self._step = self._mix = None   # a step in place; rows of d in place
+        self._base: Any = None          # the original weight, while merged
+        self.merge_error = 0.0          # see `rounding`
+        self._step: Any = None          # a step in place
+        self._mix: torch.Tensor | None = None   # rows of d in place
         self._mixed = False             # whether the last forward with a gradient had rows
-        self._tag = None                # the `base_tag` of a weight that is spread over processes
+        self._tag: str | None = None    # the `base_tag` of a weight that is spread over processes
         self.in_features, self.out_features = _get_in_out_features(self.get_base_layer())
 
     def update_layer(self, name: str, config: SvfConfig, inference_mode: bool = False) -> None:
@@ -386,7 +391,7 @@ class Mergeable(SvfLayer):
 class SvfLinear(nn.Module, Mergeable):
     "A linear layer (`nn.Linear`, `Conv1D` or quantised) whose singular values can be turned"
     def __init__(self, base_layer: nn.Module, name: str, config: SvfConfig):
-        super().__init__()
+        super().__init__()  # type: ignore[call-arg]  # of nn.Module
         SvfLayer.__init__(self, base_layer)
         self._active_adapter = name
         self.update_layer(name, config, inference_mode=config.inference_mode)
@@ -454,7 +459,7 @@ def warn_of_rounding(layers: dict[str, SvfLayer]) -> None:
     "Say how far the merged weights are from W'"
     errors = {n: l.merge_error for n, l in layers.items() if l.merge_error}
     if not errors: return
-    worst = max(errors, key=errors.get)
+    worst = max(errors, key=errors.__getitem__)
     kind = layers[worst].quantization_backend.backend_name
     warnings.warn(f"merged into {kind} weights: W' is stored with a relative error of "
                   f"{sum(errors.values()) / len(errors):.1%} (worst {errors[worst]:.1%}, {worst}); "
@@ -584,7 +589,7 @@ def joint_config(model: "SvfModel", adapters: list[str],
     configs = [model.peft_config[a] for a in adapters]
     targets, ranks = [c.target_modules for c in configs], [c.rank for c in configs]
     regex = isinstance(targets[0], str)
-    joint = "|".join(f"({t})" for t in targets) if regex else set().union(*targets)
+    joint = "|".join(f"({t})" for t in targets) if regex else [*set().union(*targets)]
     return SvfConfig(target_modules=joint, rank=None if full or None in ranks else max(ranks),
                      task_type=configs[0].task_type)
 

@@ -81,7 +81,7 @@ def world() -> tuple: # (tokenizer, tasks, base, its answers to KL_PROMPTS test 
     "The lab's base and what it answers at temperature 1"
     base, tok, tasks = lab.load("A")
     prompts = tasks["math"].examples("test")[:KL_PROMPTS]
-    drawn = dict(temperature=1., batch_size=KL_PROMPTS, seed=0)
+    drawn: dict = dict(temperature=1., batch_size=KL_PROMPTS, seed=0)
     return tok, tasks, base, rollout(base, tok, tasks["math"], prompts, **drawn)
 
 def fit(model: PeftModel, task: Task, loss: str, lr: float, seed: int,

@@ -20,7 +20,7 @@ class Classifier(Dispatch):
         self, model: PeftModel, tokenizer,
         labels: dict,                       # {label: expert}; None as the expert means the base
         expert: str = "cls",                # name of the classification expert
-        folder: str | Path = None,          # where to load it from; None: it is on the model
+        folder: str | Path | None = None,   # where to load it from; None: it is on the model
         **kwargs                            # of `Dispatch`: method, ask, read, say, ...
     ):
         if expert in labels.values():

@@ -22,7 +22,7 @@ __all__ = ['app', 'lab_app', 'Debug', 'Version', 'MENDABLE', 'PACKED', 'DTYPES',
            'main']
 
 # %% ../nbs/24_cli.ipynb #b8a168d4
-import os, sys, time
+import math, os, sys, time
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
@@ -189,8 +189,8 @@ def note_on_part(task, prompts: str | None, split: str) -> None:
                "--split all asks every one", err=True)
 
 # %% ../nbs/24_cli.ipynb #3c5e0002
-PACKED = {"nf4": dict(load_in_4bit=True, bnb_4bit_quant_type="nf4"),
-          "int8": dict(load_in_8bit=True)}
+PACKED: dict = {"nf4": dict(load_in_4bit=True, bnb_4bit_quant_type="nf4"),
+                "int8": dict(load_in_8bit=True)}
 
 def packed(dtype: str, device: str) -> dict: # arguments of from_pretrained
     "Linear layers packed by bitsandbytes, on one device"
@@ -287,7 +287,8 @@ def wrap(model, method: str, target_modules: str, rank: int | None, seed: int,
     from transformer2_nbdev.svf import is_target
     if method not in ("svf", "lora", "ia3"):
         raise ValueError(f"--method {method}: choose svf, lora or ia3")
-    own, task = settings if method == "svf" else {}, dict(task_type="CAUSAL_LM")
+    own = settings if method == "svf" else {}
+    task: dict = dict(task_type="CAUSAL_LM")
     config = SvfConfig(target_modules=targets_of(model, target_modules), rank=rank, **own, **task)
     names = resolve_targets(config, model)
     names = names if isinstance(names, str) else sorted(names)
@@ -308,7 +309,7 @@ def read_value(kinds: tuple, # the types that a setting may have
               ):             # the setting
     "The value that a word on the command line stands for"
     if not isinstance(text, str): return text
-    words = {NoneType: dict(none=None), bool: dict(true=True, false=False)}
+    words: dict = {NoneType: dict(none=None), bool: dict(true=True, false=False)}
     for kind in kinds:
         if kind in words and text.lower() in words[kind]: return words[kind][text.lower()]
         try:
@@ -323,7 +324,8 @@ def option_for(f, cls: type) -> Parameter: # f: a dataclass field with a help in
     "The option of one setting, under the sentence of the class that defines it"
     from transformer2_nbdev.reinforce import CHOICES
     home = next(c for c in cls.__mro__ if f.name in c.__dict__.get("__annotations__", {}))
-    kinds, more = get_args(f.type) or (f.type,), {}
+    kinds: tuple = get_args(f.type) or (f.type,)
+    more: dict = {}
     kinds = tuple(sorted(kinds, key=lambda k: k is str))     # text last: it takes every word
     if len(kinds) > 1: more["parser"] = partial(read_value, kinds)
     words = [str(c).lower() for c in CHOICES.get(f.name, ())]
@@ -338,7 +340,8 @@ def option_for(f, cls: type) -> Parameter: # f: a dataclass field with a help in
 def setting_params(cls: type) -> list: # of click
     "An option for every field of a config"
     def probe(**settings): pass
-    probe.__signature__ = Signature([option_for(f, cls) for f in fields(cls)])
+    options = [option_for(f, cls) for f in fields(cls)]
+    probe.__signature__ = Signature(options)  # type: ignore[attr-defined]
     small = typer.Typer(add_completion=False, rich_markup_mode=None)
     small.command()(probe)
     made, names = typer.main.get_command(small).params, {f.name for f in fields(cls)}
@@ -376,7 +379,7 @@ def only_fitting(task, model, tokenizer, max_new_tokens: int | None):
     from transformer2_nbdev.rollout import encode
     from transformer2_nbdev.tasks import render
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    room = context and context - (max_new_tokens or task.max_new_tokens)
+    room = context - (max_new_tokens or task.max_new_tokens) if context else math.inf
     fits = lambda e: len(encode(tokenizer, [render(task, e, tokenizer)])[0]) <= room
     @lru_cache
     def examples(split):
@@ -388,7 +391,7 @@ def only_fitting(task, model, tokenizer, max_new_tokens: int | None):
             typer.echo(f"{task.name}: {len(rows) - len(kept)} of {len(rows)} {split} prompts are "
                        f"left out, longer than {room} tokens")
         return kept
-    return replace(task, examples=examples) if room else task
+    return replace(task, examples=examples) if context else task
 
 # %% ../nbs/24_cli.ipynb #fa85e9aa
 def says(result: dict, out: str | Path) -> str: # result: the content of result.json
@@ -403,7 +406,7 @@ def says(result: dict, out: str | Path) -> str: # result: the content of result.
 @dataclass
 class Setup:
     "What a training run needs besides its task and its folder"
-    model: str                 # folder, hub id or lab:NAME
+    model: str                 # folder, hub id or lab:NAME; "": the recipe's
     settings: dict             # fields of ReinforceConfig
     adapter: dict              # arguments of `wrap`
     dtype: str = "auto"
@@ -470,7 +473,7 @@ def train(ctx: typer.Context, out: Out, model: Model = None, recipe: Recipe = No
     "Train an expert by REINFORCE with a KL term to its base."
     settings = ctx.meta["settings"]
     adapter = dict(method=method, target_modules=target_modules, rank=rank)
-    setup = Setup(model, settings, adapter, dtype, device, skip_long, resume, checkpointing)
+    setup = Setup(model or "", settings, adapter, dtype, device, skip_long, resume, checkpointing)
     if recipe: return follow(ctx, setup, recipe, task, data_dir, out, sweep)
     if sweep: raise ValueError("--sweep needs a --recipe: its file names the values to try")
     if model is None:
@@ -488,7 +491,8 @@ def report(result: dict, out: str | Path) -> None:
 def given_by_hand(ctx: typer.Context) -> set: # names of options
     "Which options stand on the command line, as against their defaults"
     names = {*ctx.params, *ctx.meta["settings"]}
-    return {k for k in names if ctx.get_parameter_source(k).name == "COMMANDLINE"}
+    where = {k: ctx.get_parameter_source(k) for k in names}
+    return {k for k, source in where.items() if source and source.name == "COMMANDLINE"}
 
 def follow(ctx, setup: Setup, recipe: str, task: str | None, data_dir: str | None, out: str,
            sweep: bool) -> None:
@@ -587,7 +591,7 @@ def sweep_table(rows: list[dict], grid: dict, best: int, compared: list) -> str:
     return f"{in_columns(head, lines)}\n{end}"
 
 # %% ../nbs/24_cli.ipynb #659376e6
-def in_columns(head: list, rows: list) -> str: # of text
+def in_columns(head: tuple | list, rows: list) -> str: # of text
     "A table for a terminal"
     wide = [max(len(r[i]) for r in (head, *rows)) for i in range(len(head))]
     line = lambda r: "  ".join(c.ljust(w) for c, w in zip(r, wide)).rstrip()
@@ -641,7 +645,8 @@ def evaluate(model: Model, task: Task = None, prompts: Prompts = None, reward: R
     if out: rooms.check_writable(Path(out))
     net, tokenizer = load_model(model, dtype, device)
     if skip_long: asked = only_fitting(asked, net, tokenizer, max_new_tokens)
-    how = dict(split=split, limit=limit, batch_size=batch_size, temperature=temperature, seed=seed)
+    how: dict = dict(split=split, limit=limit, batch_size=batch_size, temperature=temperature,
+                     seed=seed)
     with resumable(out):
         result = rooms.evaluate(put_on(net, expert), tokenizer, asked, out=out,
                                 max_new_tokens=max_new_tokens, **how)
@@ -948,7 +953,7 @@ def build(name: Base = None, out: Where = None):
     quiet()
     from transformer2_nbdev import lab, vision
     for n in [name] if name else (*lab.BASES, *vision.BASES):
-        folder = Path(out) / n if out and not name else out
+        folder = Path(out) / n if out and not name else out     # None: the package's own
         room = vision if n in vision.BASES else lab
         typer.echo(f"{n}: {room.build(n, folder)}")
 
@@ -1053,8 +1058,8 @@ def draw_bars(results: dict):
         x = [k + (i - (len(names) - 1) / 2) * wide for k in range(len(rs))]
         y, low, high = ([100 * v for v in vs] for vs in zip(*((r.acc, r.low, r.high) for r in rs)))
         err = [[a - b for a, b in zip(y, low)], [b - a for a, b in zip(y, high)]]
-        colour = dict(color="0.7") if name == "base" else {}
-        ax.bar(x, y, .95 * wide, label=name, yerr=err, **colour)
+        colour = "0.7" if name == "base" else None
+        ax.bar(x, y, .95 * wide, label=name, yerr=err, color=colour)
     ax.set(xticks=range(len(results)), xticklabels=list(results), ylabel="% right", ylim=(0, 100))
     ax.legend(frameon=False, ncols=len(names), loc="lower center", bbox_to_anchor=(.5, 1))
     return fig

@@ -19,6 +19,7 @@ from importlib.metadata import PackageNotFoundError, version
 from math import comb
 from pathlib import Path
 from statistics import NormalDist, mean, stdev
+from typing import Any
 
 import numpy as np
 import torch
@@ -388,7 +389,7 @@ def evaluate(
     batch_size: int = 64,
     temperature: float = 0.,            # 0 is greedy
     seed: int = 0,                      # of the samples, where temperature > 0
-    out: str | Path = None,             # folder for result.json and items.jsonl; resumed from
+    out: str | Path | None = None,      # folder for result.json and items.jsonl; resumed from
     max_new_tokens: int = None,         # None: the task's own
     top_p: float = 1., top_k: int = 0,
     workers: int = None,                # answers judged at a time, see `rollout`
@@ -437,7 +438,7 @@ def _end(result: Result, out: Path) -> None:
     (out / "items.partial.jsonl").unlink()
 
 # %% ../nbs/08_evaluate.ipynb #22ae1285
-def _questions(task: Task, split: str, limit: int) -> list:
+def _questions(task: Task, split: str, limit: int | None) -> list:
     "The examples of a split, or a refusal to measure nothing"
     examples = list(task.examples(split))[:limit]
     if examples: return examples
@@ -640,8 +641,9 @@ def cached_folder(name: str) -> Path | None:
 # %% ../nbs/08_evaluate.ipynb #f3ea1132
 def look_up(record: dict, *keys): # None where any of them is missing
     "A value deep inside a record"
-    for k in keys: record = record.get(k) if isinstance(record, dict) else None
-    return record
+    found: Any = record
+    for k in keys: found = found.get(k) if isinstance(found, dict) else None
+    return found
 
 def score_table(record: dict) -> list[str]: # lines; [] where nothing was measured
     "Before and after, with 95% intervals"

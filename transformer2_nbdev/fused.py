@@ -47,7 +47,8 @@ class Step:
     def __init__(self, layer: SvfLayer,    # the layer it stands in
                  z: torch.Tensor):         # (k,) effective z, attached to its parameters
         self.z, self.Q, self.side = z, basis(layer, z.device)[:, : len(z)], layer.side
-        self.M, self.left = None, False # left: the step is over
+        self.M: torch.Tensor = None     # made by the first `add`
+        self.left = False               # the step is over
         # stands for z in the model's graph: z's own graph then survives several backward passes
         self.leaf = z.detach().requires_grad_(z.requires_grad)
         self.weight = layer.get_base_layer().weight.data
@@ -127,6 +128,7 @@ def obstacle(layer: SvfLayer) -> str | None: # the reason, with {name} for the m
                 "train with the additive form")
     if layer.get_base_layer().weight.is_meta:
         return "fused cannot write W' into {name}: its weight is on the meta device or offloaded"
+    return None
 
 def can_fuse(model: nn.Module) -> bool:
     "Whether `fused` applies to this model"

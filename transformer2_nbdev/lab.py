@@ -32,10 +32,8 @@ def _step(a, op, b): return a + b if op == "+" else a - b
 def draw_math(rng: random.Random, n: int = 3) -> tuple:  # (a, ("+", b), ("-", c), ...)
     "A sum of `n` digits that never leaves 0..TOP."
     while True:
-        a, *steps = [rng.randint(0, 9)] + [
-            (rng.choice("+-"), rng.randint(0, 9)) for _ in range(n - 1)
-        ]
-        if all(0 <= v <= TOP for v in accumulate([a, *steps], lambda v, s: _step(v, *s))):
+        a, steps = rng.randint(0, 9), [(rng.choice("+-"), rng.randint(0, 9)) for _ in range(n - 1)]
+        if all(0 <= v <= TOP for v in accumulate(steps, lambda v, s: _step(v, *s), initial=a)):
             return a, *steps
 
 def show_math(q): return " ".join([str(q[0])] + [f"{op} {b}" for op, b in q[1:]]) + " ="
@@ -447,7 +445,7 @@ def _recipe(name):
 
 # %% ../nbs/06_lab.ipynb #cfeac052
 def build(name: str,                 # one of BASES
-          out: "str | Path" = None,  # folder to write; default: the package's own data
+          out: str | Path | None = None,  # folder to write; default: the package's own data
          ) -> Path:
     "Pretrain a base from its seed, measure it, and save it with its record."
     import torch, transformers

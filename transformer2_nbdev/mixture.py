@@ -48,7 +48,7 @@ def layer_rows(layers: dict[str, SvfLayer],
         whole = "" if None in blocks.values() else f"{len(order)} blocks or "
         raise ValueError(f"per-layer mixture weights have L={weights.shape[1]}: "
                          f"expected {whole}{len(layers)} adapted matrices")
-    return {n: weights[:, order.index(b)] for n, b in blocks.items()}
+    return {n: weights[:, order.index(b)] for n, b in blocks.items() if b is not None}
 
 def block_of(name: str) -> str | None: # "model.layers.11"; None outside of all blocks
     "The block a module belongs to, by name"

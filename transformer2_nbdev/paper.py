@@ -148,7 +148,7 @@ def forest(diffs: list,          # of Difference
           ):                     # the axes
     "Differences with 95% intervals; those that survive Holm's correction are drawn solid"
     import matplotlib.pyplot as plt
-    if ax is None: ax = plt.subplots(figsize=(5.6, .16 * len(diffs) + .8))[1]
+    if ax is None: ax = plt.subplots(figsize=(6, .2 * len(diffs) + .8))[1]
     names = names or [f"{d.model.split('-Inst')[0]}  {d.task}  {d.method}" for d in diffs]
     for y, (d, ok) in enumerate(zip(diffs, holm([d.p for d in diffs]))):
         low, high = d.diff - 1.96 * d.se, d.diff + 1.96 * d.se
@@ -156,7 +156,7 @@ def forest(diffs: list,          # of Difference
         ax.errorbar(100 * d.diff, y, xerr=196 * d.se, color=colour, marker="o", ms=3.5,
                     mfc=colour if ok else "white", capsize=2, lw=1.2)
     ax.axvline(0, color="k", lw=.8, ls=":")
-    ax.set_yticks(range(len(diffs)), names, fontsize=6)
+    ax.set_yticks(range(len(diffs)), names, fontsize=8)
     ax.invert_yaxis()
     ax.set_xlabel("points above the baseline, with 95% interval")
     ax.spines[["top", "right", "left"]].set_visible(False)
@@ -287,7 +287,7 @@ def check_vectors(file: Path,
     "Every p has as many finite numbers as its matrix has singular values"
     for n, p in ps.items():
         tag = shape_tag(base.get_submodule(n))
-        r = min(map(int, tag.split("x")))
+        r = min(map(int, str(tag).split("x")))
         if p.shape != (r,):
             raise ValueError(f"{file.name}: {n} is {tag} and needs {r} numbers, "
                              f"not a tensor of shape {tuple(p.shape)}")

@@ -172,9 +172,10 @@ class ReinforceConfig(AskConfig, ObjectiveConfig):
     @classmethod
     def official(cls, **kwargs) -> "ReinforceConfig": return cls(**OFFICIAL | kwargs)
 
-PAPER = dict(batch_size=256, lr=2e-3, max_grad_norm=1e-3, kl=0.1, schedule="cosine",
-             advantage="none")
-OFFICIAL = PAPER | dict(kl=0., kl_of="base", kl_path=False, schedule="constant", temperature=0.)
+PAPER: dict = dict(batch_size=256, lr=2e-3, max_grad_norm=1e-3, kl=0.1, schedule="cosine",
+                   advantage="none")
+OFFICIAL: dict = PAPER | dict(kl=0., kl_of="base", kl_path=False, schedule="constant",
+                              temperature=0.)
 
 # %% ../nbs/09_reinforce.ipynb #0ae8cc60
 CHOICES = dict(schedule=("cosine", "constant"), kl_of=("policy", "base"),
@@ -390,7 +391,7 @@ def idle(run: "Run", rows: int) -> int: # forward and backward passes without a 
     "How many more passes another process makes for a batch, where all have to make as many"
     c, (rank, n) = run.config, world()
     if not spread(run.model): return 0
-    sizes = [len(p) for p in chunks(range(rows), c.rollout_batch).values()]
+    sizes = [len(p) for p in chunks(list(range(rows)), c.rollout_batch).values()]
     passes = [sum(math.ceil(s / (c.micro_batch or s)) for s in sizes[i::n]) for i in range(n)]
     return max(passes) - passes[rank]
 
@@ -536,7 +537,7 @@ def update(run: Run, m: dict) -> None: # m: the step's metrics; grad_norm and lr
         away = f"the policy is {m['kl']:.1f} nats per token away from the base"
         raise Diverged(f"{away} (max_kl={c.max_kl:g})")
     run.good = snapshot(run)
-    if c.lr != "auto": m["lr"] = adam(run, c.lr * pace(c, run.step))
+    if not isinstance(c.lr, str): m["lr"] = adam(run, c.lr * pace(c, run.step))
     elif m["grad_norm"] > 1e-6: m |= trusted(run)
     else:                           # rounding error, which Adam would blow up: no step
         m |= dict(lr=0., step_kl=0.)
@@ -681,7 +682,7 @@ class History:
     def column(self, name: str) -> tuple[list, list]: # (steps, values)
         "One quantity over the steps that have it"
         rows = [(m["step"], m[name]) for m in self.metrics if name in m]
-        return tuple(map(list, zip(*rows))) or ([], [])
+        return [s for s, _ in rows], [v for _, v in rows]
 
     def plot(self, axes=None): return plot_history(self, axes)
 
@@ -722,7 +723,7 @@ def save_state(run: Run) -> None:
     state |= dict(params=snapshot(run), optimizer=run.optimizer.state_dict(),
                   config=asdict(run.config))
     torch.save(state, made := io.BytesIO())  # on a full disk, torch.save itself says nothing clear
-    write_atomic(run.out / "state.pt", made.getbuffer())
+    write_atomic(run.out / "state.pt", made.getvalue())
 
 def save_metrics(run: Run, last: bool = False) -> None: # last: only append the newest line
     "metrics.jsonl, one line per step"
@@ -736,7 +737,7 @@ FREE = ("save_every", "tensorboard", "max_kl") # fields that a resumed run may c
 
 def load_state(run: Run) -> None: # raises ValueError where the state is another run's
     "Continue from the state in `run.out`"
-    file, new = run.out / "state.pt", asdict(run.config)
+    file, new = Path(str(run.out)) / "state.pt", asdict(run.config)
     try: s = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as e:
         what = type(e).__name__

@@ -508,7 +508,7 @@ def _quoted(text, tests, line):
 
 # %% ../nbs/17_sandbox.ipynb #a5c32c7e
 _LIBC = ctypes.CDLL(None, use_errno=True) if sys.platform == "linux" else None
-_MACHINE = os.uname().machine if hasattr(os, "uname") else None
+_MACHINE = os.uname().machine if hasattr(os, "uname") else ""
 _ARCH = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}.get(_MACHINE)
 
 def _sys(name, *args):

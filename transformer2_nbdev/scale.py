@@ -417,7 +417,7 @@ class Setup:
     prompt: int = 256                    # tokens of a prompt
     new: int = 256                       # tokens of an answer
     target_modules: str = "all-linear"
-    rank: int = None                     # svf: None learns all z; lora: None is 16
+    rank: int | None = None              # svf: None learns all z; lora: None is 16
     dtype: torch.dtype = torch.bfloat16  # of weights and Q
     kl: float = .1                       # weight of the KL term; 0 still measures it
     checkpointing: bool = False          # recompute each block in the backward pass
@@ -544,7 +544,8 @@ def foretell(config: PretrainedConfig, s: Setup) -> Callable: # batch -> {name: 
     "What `rehearse` gives for any batch, from a few small rehearsals"
     n = config.get_text_config().num_hidden_layers
     few = n > 3 and blocks_alike(skeleton(config, s.dtype))
-    low, high, tried = *((2, 3) if few else (n, n)), batches(config, s)
+    low, high = (2, 3) if few else (n, n)
+    tried = batches(config, s)
     def line(x, y, t): return {k: Moment(*(a + (b - a) * t for a, b in zip(x[k], y[k]))) for k in x}
     @lru_cache
     def seen(depth, batch): return rehearse(cut(config, depth), batch, s)

@@ -25,7 +25,7 @@ class Verdict:
     parsed: Any = None  # the answer read from the completion; None when there is none
     gold: Any = None    # the answer wanted
     why: str = ""       # one line: how `parsed` was found and compared
-    score: float = None # credit in [0, 1]; default 1 or 0, a fraction only for VQA accuracy
+    score: float | None = None # credit in [0, 1]; default 1 or 0, a fraction only for VQA accuracy
 
     def __post_init__(self):
         if self.score is None: self.score = float(self.correct)
@@ -37,11 +37,11 @@ class Task:
     name: str                 # as in `get_task(name)`
     examples: Callable        # split -> dicts; "train", "validation", "test" (some: "transfer")
     prompt: Callable          # example -> the user's message, or a list of messages
-    reward: Callable = None   # (completion, example) -> float; None takes it from `verify`
-    answer: Callable = None   # example -> a gold completion (for SFT and log-likelihood), or None
+    reward: Callable | None = None   # (completion, example) -> float; None takes it from `verify`
+    answer: Any = None   # example -> a gold completion (for SFT and log-likelihood), or None
     system: str = ""          # system message; "" for none
     max_new_tokens: int = 256 # how long an answer may need to be
-    verify: Callable = None   # (completion, example) -> Verdict; None builds one from `reward`
+    verify: Callable | None = None   # (completion, example) -> Verdict; None: from `reward`
 
     def __post_init__(self):
         if self.reward is None and self.verify is None:
@@ -347,7 +347,7 @@ def boxes(text: str) -> list:  # of (contents, start, end), in the order in whic
     bare = re.finditer(r"\\boxed\s+([^\s$.,{]+)", text)
     return sorted(found, key=lambda box: box[1]) or [(m[1], *m.span()) for m in bare]
 
-def boxed(text: str) -> str:  # None when there is no box
+def boxed(text: str) -> str | None:  # None when there is no box
     r"The contents of the last `\boxed{}`."
     found = boxes(text)
     return found[-1][0] if found else None
@@ -384,9 +384,10 @@ def read_rows(path: "str | Path",  # .jsonl, .json (a list of objects), or .txt 
     path = Path(path)
     if not path.is_file(): raise FileNotFoundError(f"no file {path}")
     text = read_text(path)
-    if path.suffix == ".json": rows = enumerate(_list(_json(text, path, None), path), 1)
-    else: rows = ((i, line) for i, line in enumerate(text.split("\n"), 1) if line.strip())
-    return [as_row(line, i, path, need) for i, line in rows]
+    whole = path.suffix == ".json"
+    found = _list(_json(text, path, None), path) if whole else text.split("\n")
+    rows = [(i, row) for i, row in enumerate(found, 1) if whole or row.strip()]
+    return [as_row(row, i, path, need) for i, row in rows]
 
 # %% ../nbs/05_tasks.ipynb #98958ca3
 def _json(text, path, i):
@@ -437,9 +438,10 @@ def load_function(spec: str,  # "path/to/file.py:function"
     if not path or not name.isidentifier():
         raise ValueError(f"reward {spec!r}: expected file.py:function")
     if not Path(path).is_file(): raise FileNotFoundError(f"reward {spec!r}: no file {path}")
-    mod_spec = importlib.util.spec_from_file_location(Path(path).stem, path)
-    module = importlib.util.module_from_spec(mod_spec)
-    try: mod_spec.loader.exec_module(module)
+    found: Any = importlib.util.spec_from_file_location(Path(path).stem, path)
+    if found is None: raise ValueError(f"reward {spec!r}: {path} is no Python file")
+    module = importlib.util.module_from_spec(found)
+    try: found.loader.exec_module(module)
     except (Exception, SystemExit) as e:
         raise ValueError(f"reward {spec!r}: {path} fails on import: {_what(e)}") from e
     fn = getattr(module, name, None)
@@ -536,7 +538,7 @@ def _unknown(name, found, broken):
 
 # %% ../nbs/05_tasks.ipynb #1c985fd4
 def get_task(name: str,                     # one of `task_names()`
-             data_dir: "str | Path" = None, # published files; default: $TRANSFORMER2_DATA
+             data_dir: str | Path | None = None # published files; default: $TRANSFORMER2_DATA
             ) -> Task:
     "A task by name. Its data are read when a split is first asked for."
     name, make, who = _maker(name)

@@ -166,7 +166,7 @@ _UNIT = re.compile(rf"(?i)(?<=[\d}})])(?:\s*(?:\\text\s*\{{[^{{}}]*\}}|{_UNITS})
 
 def tidy_latex(s: str) -> str:
     "One spelling for what differs only in typesetting; units, degrees, currency, percent go."
-    for pattern, new in _TIDY: s = re.sub(pattern, new, s)
+    for pattern, new in _TIDY: s = re.sub(pattern, new, s)  # type: ignore[call-overload]
     for _ in range(2): s = _UNIT.sub("", s) or s
     s = re.sub(r"\\text\s*\{([^{}]*)\}", r" \1 ", s)
     if re.fullmatch(r"\D*\d{1,3}(,\d{3})+(\.\d+)?\D*", s): s = re.sub(r"(?<=\d),(?=\d{3})", "", s)
@@ -475,7 +475,7 @@ def _together(found, text, many, alone=False):
 # %% ../nbs/18_verifiers.ipynb #52a8c061
 def math_answer(text: str,      # a completion
                 many: int = 1,  # how many values are wanted
-               ) -> str:        # None when there is none
+               ) -> str | None: # None when there is none
     "The answer of a completion: its last box, else what follows `answer is`, else what comes last."
     text = answer_region(text)
     if (found := boxes(text)): return _together(found, text, many, alone=len(found) == many)

@@ -57,14 +57,15 @@ class Reparametrised(nn.Module):
     def __init__(self, linear: nn.Linear, numbers: dict, make: Callable): # make: {name: p} -> W'
         super().__init__()
         self.numbers, self.make = nn.ParameterDict(numbers), make
-        self.bias, self._kept = linear.bias, None
+        self.bias = linear.bias
+        self._kept: tuple = ()          # (what the numbers were, W')
         if self.bias is not None: self.bias.requires_grad_(False)
 
     @property
     def weight(self) -> torch.Tensor: # (m, n); composed once for as long as the numbers stay
         if torch.is_grad_enabled(): return self.make(self.numbers)
         now = [(p.data_ptr(), p._version) for p in self.numbers.values()]
-        if self._kept is None or self._kept[0] != now: self._kept = now, self.make(self.numbers)
+        if not self._kept or self._kept[0] != now: self._kept = now, self.make(self.numbers)
         return self._kept[1]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor: return F.linear(x, self.weight, self.bias)
@@ -209,7 +210,7 @@ def gradients(factors: dict, # of lora_factors
     for n, p in probe.named_parameters():
         name = n.split("base_model.model.", 1)[-1].split(".ln_tuning_layers", 1)[0]
         if p.requires_grad: p.register_hook(note(name))
-    one = dict(steps=1, batch_size=128, val_limit=10, val_every=0)
+    one: dict = dict(steps=1, batch_size=128, val_limit=10, val_every=0)
     baselines.fit(probe, baselines.world()[1]["math"], loss, 1e-12, 0, **one)
     return seen
 
