@@ -121,7 +121,6 @@ def gradients(**kwargs):
     model, processor = llava()
     m = expert(model)
     c = ReinforceConfig(**SHORT | dict(steps=1, batch_size=12, rollout_batch=12, lr=1e-9, max_grad_norm=None) | kwargs)
-    with torch.no_grad(): before = {n: p.clone() for n, p in m.named_parameters() if p.requires_grad}
     from transformer2_nbdev import reinforce
     run = reinforce.begin(m, processor, mixed_task(), c, None)
     metrics = reinforce.policy_step(run)

@@ -243,9 +243,9 @@ class TwoPass:
 
     def __call__(self, prompt: str | list, **generate_kwargs) -> "Answer | Answers":
         "One prompt, one `Answer`; a list of prompts, `Answers`"
-        if isinstance(prompt, str) or prompt and isinstance(prompt[0], dict):    # or messages
-            return self.generate([prompt], **generate_kwargs)[0]  # type: ignore[list-item]
-        return self.generate(prompt, **generate_kwargs)
+        one = isinstance(prompt, str) or bool(prompt) and isinstance(prompt[0], dict)
+        if one: return self.generate([prompt], **generate_kwargs)[0]  # type: ignore[list-item]
+        return self.generate(prompt, **generate_kwargs)               # type: ignore[arg-type]
 
 # %% ../nbs/10_adapt.ipynb #1c21aa32
 def second_pass(tp: TwoPass, prompts: list[str], weights: torch.Tensor, kwargs: dict
