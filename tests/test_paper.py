@@ -3,7 +3,7 @@ import itertools, json, math, re
 from pathlib import Path
 
 import pytest, torch
-from peft import PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from transformer2_nbdev import paper, record
@@ -129,12 +129,47 @@ def test_compare_reads_runs(tmp_path, capsys):
     assert math.isclose(ours.diff, .25) and theirs.task == "GSM8K" and "add" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("name", ["llama3-8b", "mistral-7b", "llama3-70b"])
+@pytest.mark.parametrize("name", ["llama3-8b", "mistral-7b", "llama3-70b", "llava-next-8b"])
 def test_recipe_on_the_real_shapes(name):
     r = paper.recipe(name)
     model = get_peft_model(paper.skeleton(r), SvfConfig(**r["svf"]))
     assert all(p.is_meta for p in model.parameters())
     assert sum(p.numel() for p in model.parameters() if p.requires_grad) == r["n_params"]
+
+
+def test_the_recipe_for_vision(tmp_path):
+    "Llama3-LLaVA-Next-8B: its real shapes, half of the language model's layers, and nothing of what sees"
+    r = paper.recipe("llava-next-8b")
+    model = get_peft_model(paper.skeleton(r), SvfConfig(**r["svf"]))
+    total = sum(p.numel() for p in model.parameters()) - r["n_params"]
+    assert abs(total - 8.36e9) < 2e7 and abs(sum(p.numel() for p in model.base_model.model.model.vision_tower.parameters()) - 303.5e6) < 1e6
+    layers = svf_layers(model)
+    assert len(layers) == 3 * 16 and all(n.startswith("model.language_model.layers.") and ".mlp." in n for n in layers)
+    assert {int(n.split(".")[3]) for n in layers} == set(range(0, 32, 2)) and r["n_params"] == 393_216 // 2
+    assert r["reinforce"] | dict(reward=0) == paper.recipe("llama3-8b")["reinforce"] | dict(reward=0)
+    from transformer2_nbdev.verifiers import judge_vqa
+    assert judge_vqa("a cat", ["a dog"] * 10).reward == -.1 and judge_vqa("a dog", ["a dog"] * 10).reward == 1 and r["tasks"] == ["textvqa"]
+    lora = get_peft_model(paper.skeleton(r), LoraConfig(**r["lora"]))
+    assert sum(p.numel() for p in lora.parameters() if p.requires_grad) == 6_815_744     # the paper's count for Llama3-8B's q and v
+
+
+def test_the_vision_recipe_trains_saves_and_loads_in_small(tmp_path):
+    from vision_toy import ask, colours, llava_next, picture
+    from transformer2_nbdev.reinforce import ReinforceConfig, train_expert
+    from transformer2_nbdev.rollout import generate
+    from transformer2_nbdev.tasks import render
+    r, (model, processor) = paper.recipe("llava-next-8b"), llava_next()
+    torch.manual_seed(1)
+    made = get_peft_model(model, SvfConfig(**r["svf"] | dict(layers_to_transform=[0])))
+    before, later = {n: z.clone() for n, z in zs(made).items()}, itertools.count()
+    config = ReinforceConfig(**r["reinforce"] | dict(steps=2, batch_size=8, val_every=1, val_limit=4, val_samples=1))
+    train_expert(made, processor, colours(size=(40, 20)), config, out=tmp_path / "run", eval_fn=lambda *_: next(later), progress=False)
+    after = zs(made)
+    assert len(after) == 3 and any(not torch.equal(z, before[n]) for n, z in after.items())
+    again = PeftModel.from_pretrained(llava_next()[0], tmp_path / "run")
+    text = [render(ask("Which?", picture("red", (40, 20))), None, processor)]
+    a, b = (generate(m, processor, text, 6, temperature=0).logprobs for m in (made, again))
+    assert all(torch.equal(z, zs(again)[n]) for n, z in after.items()) and torch.equal(a, b)
 
 
 @pytest.mark.parametrize("name", ["llama3-8b", "mistral-7b", "llama3-70b"])

@@ -1,7 +1,8 @@
 "Tasks: prompts for any tokenizer, files of one's own, and names that installed packages declare."
-import importlib, json, shutil, subprocess, sys
+import importlib, json, pickle, shutil, subprocess, sys
 from pathlib import Path
 import pytest
+from PIL import Image
 from transformer2_nbdev import tasks
 from transformer2_nbdev.tasks import Task, from_files, get_task, render, task_names
 
@@ -82,11 +83,12 @@ def site(tmp_path, monkeypatch):
     for m in ("plug_a", "plug_b", "broken_a", "broken_b"): sys.modules.pop(m, None)
 
 def test_every_task_of_ours_is_declared_and_every_declared_one_can_be_made():
-    from transformer2_nbdev import benchmarks, lab
+    from transformer2_nbdev import benchmarks, lab, real
     ours = {p.name: p.value for points in tasks._installed()[0].values() for p, q in points if q == "transformer2_nbdev"}
     assert {n for n, v in ours.items() if v == "transformer2_nbdev.benchmarks:benchmark"} == set(benchmarks.BENCHMARKS)
     assert {n for n, v in ours.items() if v == "transformer2_nbdev.lab:task"} == {f"lab.{n.replace('+', '-')}" for n in lab.KINDS}
-    assert len(ours) == len(benchmarks.BENCHMARKS) + len(lab.KINDS)
+    assert {n for n, v in ours.items() if v.startswith("transformer2_nbdev.real:")} == set(real.TASKS)
+    assert len(ours) == len(benchmarks.BENCHMARKS) + len(lab.KINDS) + len(real.TASKS)
     for n in ours: assert isinstance(get_task(n), Task)
 
 @pytest.mark.parametrize("name, want", [("arc_easy", "arc_easy"), ("arc-easy", "arc_easy"), ("ARC Easy", "arc_easy"), ("lab:math", "math"), ("lab.math", "math"),
@@ -232,14 +234,49 @@ def test_rendering_changes_no_example():
     for t in (None, CHATML, MISTRAL, GEMMA, SILENT): render(rows, None, chat(t)), render(rows, None, chat(t), system="x")
     assert json.dumps(rows) == before
 
+PICTURE = Image.new("RGB", (5, 4), "red")
+
+def reader(tokenizer):
+    "A processor, as far as rendering is concerned"
+    class Reader:
+        image_processor, image_token, chat_template = "yes", "<image>", None
+        def __init__(self): self.tokenizer = tokenizer
+        def apply_chat_template(self, *args, **kwargs): return self.tokenizer.apply_chat_template(*args, **kwargs)
+    made = Reader()
+    made.chat_template = tokenizer.chat_template
+    return made
+
 def test_contents_in_parts():
     parts = [dict(role="user", content=[dict(type="text", text="What"), dict(type="text", text="is this?")])]
     assert render(parts) == "What\nis this?" == tasks.user_text(parts) and render(parts, None, chat(CHATML)) == render("What\nis this?", None, chat(CHATML))
-    seen = [dict(role="user", content=[dict(type="image"), dict(type="text", text="What is this?")])]
+    seen = [dict(role="user", content=[dict(type="image", image=PICTURE), dict(type="text", text="What is this?")])]
     assert tasks.user_text(seen) == "What is this?"
-    with pytest.raises(ValueError, match="needs a tokenizer with a chat template"): render(seen)
+    for tok in (None, chat(CHATML)):
+        with pytest.raises(ValueError, match="a tokenizer reads text alone"): render(seen, None, tok)
     sees = "{% for m in messages %}[{{ m.role }}]{% if m.content is string %}{{ m.content }}{% else %}{% for p in m.content %}{{ '<image>' if p.type == 'image' else p.text }}{% endfor %}{% endif %}{% endfor %}"
-    assert render(seen, None, chat(sees)) == "[user]<image>What is this?" and render(seen, None, chat(sees), system="Look.") == "[system]Look.[user]<image>What is this?"
+    reads, parts_alone = reader(chat(sees)), reader(chat(sees.replace("{{ m.content }}", "")))
+    for processor in (reads, parts_alone):
+        text = render(seen, None, processor)
+        assert text == "[user]<image>What is this?" and text.pictures == [PICTURE] and render(seen, None, processor, system="Look.") == "[system]Look.[user]<image>What is this?"
+        assert render("Hi.", None, processor, system="Look.") == "[system]Look.[user]Hi." and type(render("Hi.", None, processor)) is str
+        assert render([U("a"), A("b"), U("c")], None, processor) == "[user]a[assistant]b[user]c"
+    plain = reader(chat(None))
+    assert render([*SHOTS[:2], *seen], None, plain).endswith("<image>What is this?") and render(seen, None, plain) == "<image>What is this?"
+    assert tasks.about(seen, "Which kind?")[0]["content"] == [dict(type="image", image=PICTURE), dict(type="text", text="Which kind?")] and tasks.about("Hi.", "Which kind?") == "Which kind?"
+
+def test_a_picture_with_its_text_goes_through_pickle_and_json():
+    seen = tasks.Pictured("<image>What?", [PICTURE])
+    again = pickle.loads(pickle.dumps(seen))
+    assert again == seen and again.pictures[0].tobytes() == PICTURE.tobytes() and json.dumps(seen) == '"<image>What?"'
+
+def test_turned_and_transparent_pictures_become_what_a_person_sees(tmp_path):
+    wide = Image.new("RGB", (6, 4), "blue")
+    exif = wide.getexif(); exif[0x0112] = 6                      # the camera was held upright
+    wide.save(tmp_path / "turned.jpg", exif=exif)
+    assert tasks.opened(tmp_path / "turned.jpg").size == (4, 6)
+    for mode in ("RGBA", "L", "P", "1", "LA"): assert tasks.opened(Image.new(mode, (3, 2))).mode == "RGB"
+    from transformers.image_utils import load_image
+    assert tasks.opened(tmp_path / "turned.jpg").tobytes() == load_image(str(tmp_path / "turned.jpg")).tobytes()
 
 @pytest.mark.parametrize("prompt, said", [
     ([], "the prompt is empty"), (5, "the prompt must be text, not int"), (None, "not NoneType"), ({"role": "user"}, "not dict"), ("  ", "the prompt is empty"), (["Hi"], "message 1: expected an object with a role and a content"),

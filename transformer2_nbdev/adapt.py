@@ -22,8 +22,8 @@ from . import progress_bar
 from .adapter import SvfConfig, check_name, svf_layers
 from .mixture import mixture
 from .rollout import (check_room, encode, eos_ids, inner, pad_id, pad_left,
-                                        texts_of, undisturbed, until_eos)
-from .tasks import render
+                                        picture_args, seen_of, texts_of, undisturbed, until_eos)
+from .tasks import render, user_text
 
 # %% ../nbs/10_adapt.ipynb #efb9c774
 def one_hot(names: list[str | None], # an expert for each prompt; None is the base
@@ -98,8 +98,12 @@ def complete(model: nn.Module, tokenizer,
     rows = encode(tokenizer, texts, eos)
     kwargs = how_to_generate(generate_kwargs, min(limit, room_left(rows, model)))
     check_room(rows, kwargs.get("max_new_tokens") or 1, model)
+    if any(seen_of(rows)) and not kwargs.get("num_beams"):
+        each = kwargs.pop("num_return_sequences", 1)
+        rows = [r for r in rows for _ in range(each)]
     ids, mask = pad_left(rows, pad, inner(model).device)
     kwargs = with_ends(kwargs, eos_token_id=eos or None, pad_token_id=pad)
+    kwargs |= picture_args(model, seen_of(rows), *2 * [ids.shape[1]])
     with undisturbed(model): out = model.generate(input_ids=ids, attention_mask=mask, **kwargs)
     out = out if torch.is_tensor(out) else out.sequences
     kept = until_eos(out[:, ids.shape[1]:], eos)
@@ -201,7 +205,7 @@ def read_record(name: str, folder: str | Path) -> dict: # {module: "m x n : dige
 @dataclass
 class Answer:
     "What one prompt got"
-    prompt: str              # the user's message
+    prompt: str | list       # the user's message, or the messages
     text: str                # the second pass's answer (the first of `texts`)
     weights: dict            # {expert: weight}, or {expert: [weight of each layer]}
     first: str | None = None # what the first pass wrote; None if it wrote nothing
@@ -217,7 +221,7 @@ class Answers(list):
 class TwoPass:
     "Self-adaptation (paper §3.2): a strategy reads and chooses weights, the mixed model answers"
     def __init__(self, model: nn.Module,     # a PEFT model with SVF experts
-                 tokenizer,
+                 tokenizer,                  # or a processor, for a model that sees
                  strategy: Callable,         # prompts -> weights (B, K), (B, L, K) or (K,)
                  system: str = "",           # system message for the second pass
                  batch_size: int = 64,       # prompts answered together
@@ -236,9 +240,10 @@ class TwoPass:
         "Answer a list of prompts; keyword arguments go to `model.generate`"
         return two_passes(self, list(prompts), generate_kwargs)
 
-    def __call__(self, prompt: str | list[str], **generate_kwargs) -> "Answer | Answers":
+    def __call__(self, prompt: str | list, **generate_kwargs) -> "Answer | Answers":
         "One prompt, one `Answer`; a list of prompts, `Answers`"
-        if isinstance(prompt, str): return self.generate([prompt], **generate_kwargs)[0]
+        one = isinstance(prompt, str) or bool(prompt) and isinstance(prompt[0], dict)
+        if one: return self.generate([prompt], **generate_kwargs)[0]
         return self.generate(prompt, **generate_kwargs)
 
 # %% ../nbs/10_adapt.ipynb #1c21aa32
@@ -292,7 +297,7 @@ def show_weights(answers: list,  # of Answer
                  ax=None):       # matplotlib axes; None makes new ones
     "A picture of who answers what: one row per prompt, one column per expert"
     import matplotlib.pyplot as plt
-    experts, prompts = list(answers[0].weights), [a.prompt[:30] for a in answers]
+    experts, prompts = list(answers[0].weights), [user_text(a.prompt)[:30] for a in answers]
     grid = torch.tensor([[means(a.weights)[e] for e in experts] for a in answers])
     ax = ax or plt.subplots(figsize=(1 + .8 * len(experts), .6 + .26 * len(answers)))[1]
     ax.imshow(grid, cmap="Blues", vmin=0, vmax=max(1., grid.max().item()), aspect="auto")

@@ -10,15 +10,16 @@ __all__ = ['app', 'lab_app', 'Debug', 'Version', 'MENDABLE', 'PACKED', 'DTYPES',
            'Generations', 'Typed', 'AnswerFile', 'Base', 'Where', 'DEMO', 'SEARCH', 'HEAD', 'PAGE', 'INTRO', 'ADAPTING',
            'DemoOut', 'say_version', 'options', 'out_of_memory', 'line_of', 'told', 'go_on', 'resumable', 'Grouped',
            'option', 'quiet', 'device_of', 'reading', 'check_model_name', 'check_chat', 'note_on_chat', 'note_on_part',
-           'packed', 'load_model', 'check_modules', 'targets_of', 'wrap', 'read_value', 'option_for', 'setting_params',
-           'WithSettings', 'task_of', 'only_fitting', 'says', 'Setup', 'run_training', 'train', 'report',
-           'given_by_hand', 'follow', 'in_folder', 'check_grid', 'grid_points', 'folder_name', 'one_value', 'finished',
-           'chosen', 'against', 'sweep_table', 'in_columns', 'check_sweep', 'run_sweep', 'evaluate', 'put_on',
-           'shipped', 'folder_of', 'folders_of', 'wording_of', 'ends_like', 'shots_of', 'Choosing', 'strategy_of',
-           'check_choosing', 'shown_answer', 'converse', 'write_answers', 'adapt', 'prompts_in', 'check_answer_file',
-           'run_adapt', 'plan', 'local_tokenizer', 'export', 'base_of', 'build', 'train_skills', 'ask_all', 'adapt_all',
-           'rows_of', 'draw_rewards', 'draw_bars', 'knobs_of', 'rms', 'draw_knobs', 'draw_spectra', 'draw_mixtures',
-           'picture', 'html_table', 'page_of', 'run_demo', 'demo', 'main']
+           'packed', 'loaders', 'load_model', 'check_modules', 'targets_of', 'language_alone', 'wrap', 'read_value',
+           'option_for', 'setting_params', 'WithSettings', 'task_of', 'only_fitting', 'says', 'Setup', 'run_training',
+           'train', 'report', 'given_by_hand', 'follow', 'in_folder', 'check_grid', 'grid_points', 'folder_name',
+           'one_value', 'finished', 'chosen', 'against', 'sweep_table', 'in_columns', 'check_sweep', 'run_sweep',
+           'evaluate', 'put_on', 'shipped', 'folder_of', 'folders_of', 'wording_of', 'ends_like', 'shots_of',
+           'Choosing', 'strategy_of', 'check_choosing', 'shown_answer', 'converse', 'write_answers', 'adapt',
+           'prompts_in', 'check_answer_file', 'run_adapt', 'plan', 'local_tokenizer', 'export', 'base_of', 'build',
+           'train_skills', 'ask_all', 'adapt_all', 'rows_of', 'draw_rewards', 'draw_bars', 'knobs_of', 'rms',
+           'draw_knobs', 'draw_spectra', 'draw_mixtures', 'picture', 'html_table', 'page_of', 'run_demo', 'demo',
+           'main']
 
 # %% ../nbs/24_cli.ipynb #b8a168d4
 import math, os, sys, time
@@ -204,12 +205,21 @@ def packed(dtype: str, device: str) -> dict: # arguments of from_pretrained
     return dict(dtype=half, device_map={"": device},
                 quantization_config=BitsAndBytesConfig(**PACKED[dtype], **more))
 
+# %% ../nbs/24_cli.ipynb #19b21b34
+def loaders(path: str) -> tuple: # AutoModelFor..., AutoTokenizer or AutoProcessor
+    "What reads a model and its prompts: other classes where its config has eyes"
+    import transformers as hf
+    config = hf.AutoConfig.from_pretrained(path)
+    sees = hasattr(config, "vision_config") and type(config) in (
+        hf.AutoModelForImageTextToText._model_mapping)
+    if sees: return hf.AutoModelForImageTextToText, hf.AutoProcessor
+    return hf.AutoModelForCausalLM, hf.AutoTokenizer
+
 # %% ../nbs/24_cli.ipynb #874028d4
 DTYPES = ("auto", "float32", "bfloat16", "float16", *PACKED)
 
 def load_model(name: str, dtype: str = "auto", device: str | None = None) -> tuple:
-    "A causal language model and its tokenizer, from a folder, the hub or the lab"
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    "A language model and its tokenizer or processor, from a folder, the hub or the lab"
     if dtype not in DTYPES:
         raise ValueError(f"--dtype {dtype}: choose {', '.join(DTYPES[:-1])} or {DTYPES[-1]}")
     device = device_of(device)
@@ -222,11 +232,12 @@ def load_model(name: str, dtype: str = "auto", device: str | None = None) -> tup
     if dtype in PACKED: wanted |= packed(dtype, device)
     if dtype == "auto" and device == "cpu": wanted["dtype"] = "float32"
     with reading(f"model {name}"):
-        model, seen = AutoModelForCausalLM.from_pretrained(path, **wanted)
+        of_model, of_text = loaders(path)
+        model, seen = of_model.from_pretrained(path, **wanted)
     if lost := sorted(seen["missing_keys"]):
         raise ValueError(f"model {name} lacks {len(lost)} weights ({lost[0]}, ...): "
                          "it is no whole causal language model")
-    with reading(f"model {name}, its tokenizer"): tokenizer = AutoTokenizer.from_pretrained(path)
+    with reading(f"model {name}, its tokenizer"): tokenizer = of_text.from_pretrained(path)
     if getattr(tokenizer, "chat_template", None):
         with reading(f"model {name}, its chat template"): check_chat(tokenizer)
     with reading(f"--device {device}"):
@@ -248,7 +259,7 @@ def targets_of(model, text: str | list[str]) -> str | list[str]:
     import re
     from transformer2_nbdev.adapter import SHORTHANDS
     if isinstance(text, list): text = ",".join(text)
-    if text in SHORTHANDS: return text
+    if text in SHORTHANDS: return language_alone(model) if text == "all-linear" else text
     if not all(c.isalnum() or c in "_,. " for c in text):
         try: re.compile(text)
         except re.error as e:
@@ -258,6 +269,13 @@ def targets_of(model, text: str | list[str]) -> str | list[str]:
     if not names: raise ValueError("--target-modules is empty: name some layers, or use all-linear")
     check_modules(model, names)
     return names
+
+def language_alone(model) -> str | list[str]:
+    "All linear layers: of a model that sees, those of its language model, as the paper trains them"
+    from transformer2_nbdev.adapter import linear_names, part_of
+    inside = part_of(model, "language")
+    if not inside: return "all-linear"
+    return [n for n in linear_names(model) if n.startswith(inside)]
 
 # %% ../nbs/24_cli.ipynb #68e9d116
 def wrap(model, method: str, target_modules: str, rank: int | None, seed: int,
@@ -358,10 +376,11 @@ def task_of(task: str | None, data_dir: str | None, prompts: str | None, reward:
 # %% ../nbs/24_cli.ipynb #b5d0fe1d
 def only_fitting(task, model, tokenizer, max_new_tokens: int | None):
     "The task without the examples whose prompt leaves no room for an answer"
+    from transformer2_nbdev.rollout import encode
     from transformer2_nbdev.tasks import render
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     room = context - (max_new_tokens or task.max_new_tokens) if context else math.inf
-    fits = lambda e: len(tokenizer(render(task, e, tokenizer))["input_ids"]) <= room
+    fits = lambda e: len(encode(tokenizer, [render(task, e, tokenizer)])[0]) <= room
     @lru_cache
     def examples(split):
         rows = task.examples(split)
@@ -429,8 +448,8 @@ DataDir = Annotated[str, option("folder with the published data of a task", ASKE
 SkipLong = Annotated[bool, option("leave out prompts that do not fit the model's context", ASKED,
                                   "--skip-long")]
 Out = Annotated[str, option("folder to write: adapter, card, record, metrics", RUN)]
-Recipe = Annotated[str, option("published settings: llama3-8b, mistral-7b, llama3-70b, or a JSON "
-                               "file; options given beside it win", RUN)]
+Recipe = Annotated[str, option("published settings: llama3-8b, mistral-7b, llama3-70b, "
+                               "llava-next-8b, or a JSON file; options given beside it win", RUN)]
 Sweep = Annotated[bool, option("try every value in the recipe's sweep, choose on validation", RUN,
                                "--sweep")]
 Resume = Annotated[bool, option("go on with the run in --out", RUN, "--resume")]
@@ -763,8 +782,9 @@ def check_choosing(c: Choosing) -> None: # raises ValueError
 def shown_answer(a, with_prompt: bool = True) -> str:
     "Prompt, weights and answer for a terminal"
     from transformer2_nbdev.adapt import bar, means
+    from transformer2_nbdev.tasks import user_text
     base = [] if any(means(a.weights).values()) else ["(the base itself)"]
-    head = [f"> {a.prompt}"] if with_prompt else []
+    head = [f"> {user_text(a.prompt)}"] if with_prompt else []
     return "\n".join([*head, bar(a.weights), *base, a.text.strip(), ""])
 
 def converse(answer: Callable) -> None:
@@ -890,12 +910,11 @@ def plan(model: Annotated[str, option("llama3-8b, mistral-7b, llama3-70b, qwen3-
 # %% ../nbs/24_cli.ipynb #3c5e0004
 def local_tokenizer(model: str):
     "The tokenizer of a model that is here, or None"
-    from transformers import AutoTokenizer
     if model.startswith("lab:"):
         from transformer2_nbdev import lab
         return lab.load(model[4:])[1]
     here = Path(model).expanduser()
-    if (here / "tokenizer_config.json").is_file(): return AutoTokenizer.from_pretrained(here)
+    if (here / "tokenizer_config.json").is_file(): return loaders(here)[1].from_pretrained(here)
 
 # %% ../nbs/24_cli.ipynb #fe315c13
 @app.command()
@@ -932,10 +951,11 @@ Where = Annotated[str, typer.Option(help="folder to write; the package's own if 
 def build(name: Base = None, out: Where = None):
     "Pretrain the lab's bases from their seeds."
     quiet()
-    from transformer2_nbdev import lab
-    for n in [name] if name else lab.BASES:
+    from transformer2_nbdev import lab, vision
+    for n in [name] if name else (*lab.BASES, *vision.BASES):
         folder = Path(out) / n if out and not name else out     # None: the package's own
-        typer.echo(f"{n}: {lab.build(n, folder)}")
+        room = vision if n in vision.BASES else lab
+        typer.echo(f"{n}: {room.build(n, folder)}")
 
 # %% ../nbs/24_cli.ipynb #7bf9d1e1
 DEMO = dict(steps=30, batch_size=192, rollout_batch=96, lr=1e-2, val_every=5, val_limit=300,

@@ -27,7 +27,7 @@ from . import progress_bar
 
 import transformer2_nbdev
 from .rollout import inner, rollout
-from .tasks import Task
+from .tasks import Task, named
 
 # %% ../nbs/08_evaluate.ipynb #71bc950d
 def wilson(k: float,                  # right answers
@@ -284,12 +284,13 @@ def answer_batch(
 ) -> list[dict]:  # items; kwargs go to `rollout`
     "One batch of questions, asked, answered and judged."
     prompts = [task.prompt(e) for e in examples]
+    asked = [named(p) for p in prompts]                  # pictures by their digests
     context, weights = mixed(model, strategy, prompts)
     with context:
         r = rollout(model, tokenizer, task, examples, batch_size=len(examples), sort=False,
                     **kwargs)
     items = [
-        dict(id=item_id(p, i["gold"])) | i | dict(prompt=p) for p, i in zip(prompts, r.to_items())
+        dict(id=item_id(p, i["gold"])) | i | dict(prompt=p) for p, i in zip(asked, r.to_items())
     ]
     for i, w in zip(items, weights or [None] * len(items)):
         del i["sample"]
@@ -681,9 +682,11 @@ def load_lines(record: dict) -> list[str]: # of Python, to be run in the expert'
         lines += ["from transformer2_nbdev import lab",
                   f"base, tokenizer, tasks = lab.load({name[4:]!r})"]
     else:
-        lines += ["from transformers import AutoModelForCausalLM, AutoTokenizer",
-                  f"base = AutoModelForCausalLM.from_pretrained({name!r})",
-                  f"tokenizer = AutoTokenizer.from_pretrained({name!r})"]
+        model, reader = (("ImageTextToText", "Processor") if look_up(record, "sees")
+                         else ("CausalLM", "Tokenizer"))
+        lines += [f"from transformers import AutoModelFor{model}, Auto{reader}",
+                  f"base = AutoModelFor{model}.from_pretrained({name!r})",
+                  f"{reader.lower()} = Auto{reader}.from_pretrained({name!r})"]
     return lines + ['model = peft.PeftModel.from_pretrained(base, ".").eval()']
 
 def fact_lines(record: dict) -> list[str]:

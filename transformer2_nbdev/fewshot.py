@@ -26,8 +26,8 @@ from .mixture import mixture
 from .adapt import check_experts
 from .prompt import continuation, pad_right
 from .rollout import (completion_logits, encode, eos_ids, generate, inner, pad_id,
-                                        pad_left, undisturbed)
-from .tasks import Task, render
+                                        pad_left, seen_of, undisturbed)
+from .tasks import Task, render, text_side
 
 # %% ../nbs/13_fewshot.ipynb #4b47578e
 def draw(mean: torch.Tensor, std: torch.Tensor,  # (dim,) each
@@ -69,10 +69,10 @@ class Search:
     smoothing: float = .3    # share of the old mean and std that is kept; official: 0
     mean: "float | torch.Tensor" = None # where it starts; None: the middle of the bounds
     spread: float = .25      # std at the start, as a share of the bounds' width; official: .5
-    rank_by: int = None      # columns of the score that rank the elites; None: all; official: 1
+    rank_by: int | None = None      # columns that rank the elites; None: all; official: 1
     first: str = "mean"      # candidate 0: the "mean", or the "best" so far (official)
     correction: int = 0      # 1: the elites' std has E - 1 in its denominator (official)
-    patience: int = None     # stop after so many generations without a better candidate
+    patience: int | None = None     # stop after so many generations without a better candidate
     tol: float = 1e-3        # stop when every std is below this share of the bounds' width
     seed: int = 0
 
@@ -98,7 +98,8 @@ def cem(objective: Callable,         # (P, dim) -> (P,) or (P, C) scores, greate
         **settings                   # of `Search`
        ) -> Found:
     "Maximise a function that can only be evaluated, by the cross-entropy method"
-    s, rng, history, best, since = Search(**settings), torch.Generator(), [], None, 0
+    s, rng, history, since = Search(**settings), torch.Generator(), [], 0
+    best: tuple = ()
     rng.manual_seed(s.seed)
     mean, std = opening(s, dim)
     for g in (bar := progress_bar(range(s.generations), desc="CEM", unit="generation",
@@ -111,11 +112,12 @@ def cem(objective: Callable,         # (P, dim) -> (P,) or (P, C) scores, greate
         history.append(dict(population=x, scores=scores, elites=elites, mean=mean, std=std))
         top = best_first(scores)[0]
         since += 1
-        if best is None or beats(scores[top], best[1]): best, since = (x[top], scores[top]), 0
+        if not best or beats(scores[top], best[1]): best, since = (x[top], scores[top]), 0
         mean, std = refit(x[elites], mean, std, s.smoothing, s.correction)
         bar.set_postfix(best=" ".join(f"{v:.3f}" for v in best[1].tolist()), std=f"{std.max():.3f}")
         if why := stop(s, std, since): break
-    return Found(*best, mean, std, why or f"{s.generations} generations", history)
+    x, score = best
+    return Found(x, score, mean, std, why or f"{s.generations} generations", history)
 
 # %% ../nbs/13_fewshot.ipynb #cbc6eb0c
 def opening(s: Search, dim: int) -> tuple[torch.Tensor, torch.Tensor]: # mean and std, (dim,) each
@@ -170,7 +172,7 @@ def show_search(found: Found,
                 bounds: tuple = (0., 1.)):
     "A search in two dimensions: population, elites, and two standard deviations around the mean"
     import matplotlib.pyplot as plt
-    at = [g for g in at if g < len(found.history)]
+    at = tuple(g for g in at if g < len(found.history))
     axis = torch.linspace(*bounds, 60)
     grid = torch.cartesian_prod(axis, axis)
     values = objective(grid).view(60, 60).T
@@ -219,7 +221,8 @@ class Shots:
         self.eos, self.pad = eos_ids(model, tokenizer), pad_id(model, tokenizer)
         texts = [render(task, e, tokenizer) for e in shots]
         self.prompts = encode(tokenizer, texts, self.eos)
-        end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+        stop = text_side(tokenizer).eos_token_id
+        end = [] if stop is None else [stop]
         self.final = end != []                   # an answer says itself where it ends
         if tie == "gold":
             gold = [(t, task.answer(e)) for t, e in zip(texts, shots)]
@@ -306,7 +309,9 @@ def read_answers(s: Shots, shot: list[int]
     ids, mask = pad_left([s.prompts[i] for i in shot], s.pad, inner(s.model).device)
     T, M = pad_right([s.answers[i] for i in shot], s.pad, ids.device)
     both, seen = torch.cat([ids, T], 1), torch.cat([mask, M], 1)
-    with undisturbed(s.model): logits = completion_logits(s.model, both, seen, ids.shape[1])
+    pictures = seen_of([s.prompts[i] for i in shot])
+    with undisturbed(s.model):
+        logits = completion_logits(s.model, both, seen, ids.shape[1], seen=pictures)
     logp = logits.gather(-1, T[..., None])[..., 0] - logits.logsumexp(-1)
     same, n = (logits.argmax(-1) == T) | (M == 0), M.sum(1)
     # without a final token the greedy answer may be longer than this one, unless it is cut there
@@ -532,7 +537,8 @@ def select(model: nn.Module, tokenizer, task: Task, shots: "list[dict] | Shots",
               for name, kw in among.items()}
     name = list(among)[best_first(torch.stack(list(scores.values())))[0]]
     chosen = FewShot(model, tokenizer, task, shots, **fit | search | among[name])
-    chosen.variant, chosen.validation = name, {n: tuple(s.tolist()) for n, s in scores.items()}
+    held = {n: tuple(s.tolist()) for n, s in scores.items()}
+    chosen.variant, chosen.validation = name, held  # type: ignore[attr-defined]
     return chosen
 
 # %% ../nbs/13_fewshot.ipynb #097374a3

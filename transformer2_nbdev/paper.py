@@ -365,7 +365,8 @@ from .reinforce import ReinforceConfig
 SECTIONS = ("svf", "reinforce", "sweep", "lora", "fewshot", "architecture", "notes")
 RECIPE_KEYS = ("name", "model", "tasks", "n_params", *SECTIONS)
 
-def recipe(name_or_path: "str | Path",  # "llama3-8b", "mistral-7b", "llama3-70b", or a JSON file
+def recipe(name_or_path: "str | Path",  # "llama3-8b", "mistral-7b", "llama3-70b", "llava-next-8b",
+                                        # or a JSON file
           ) -> dict:                    # the file's contents, checked; absent sections are empty
     "The published settings for one model, or your own"
     known = data_files("recipes")
@@ -404,10 +405,10 @@ def skeleton(r: dict,     # a recipe with an "architecture"
             ):            # a causal language model on the meta device
     "The recipe's model, all shapes and no weights"
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
     arch = r["architecture"] | overrides
     if "model_type" not in arch:
         raise ValueError("the recipe has no architecture: "
                          "give model_type and widths, as in its transformers config")
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(AutoConfig.for_model(**arch))
+    kind = AutoModelForImageTextToText if "vision_config" in arch else AutoModelForCausalLM
+    with torch.device("meta"): return kind.from_config(AutoConfig.for_model(**arch))

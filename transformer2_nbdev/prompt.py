@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['GUIDES', 'METHODS', 'question', 'box', 'read_label', 'asked', 'by_generating', 'continuation', 'score_batch',
-           'label_scores', 'pad_right', 'check_labels', 'Dispatch', 'by_scoring', 'Confusion', 'confusion',
-           'show_confusion']
+           'score_seen', 'label_scores', 'pad_right', 'check_labels', 'Dispatch', 'by_scoring', 'Confusion',
+           'confusion', 'show_confusion']
 
 # %% ../nbs/11_prompt.ipynb #c5ca374b
 import re
 from collections.abc import Callable
+from functools import partial
 from inspect import signature
 from typing import NamedTuple
 
@@ -18,8 +19,9 @@ from torch import nn
 
 from .mixture import mixture
 from .adapt import check_experts, one_hot
-from .rollout import encode, eos_ids, generate, inner, pad_id, pad_left, positions
-from .tasks import answer_region, boxed, render, user_text
+from .rollout import (encode, eos_ids, generate, inner, pad_id, pad_left, positions,
+                                        picture_args, seen_of, token_logprobs)
+from .tasks import about, answer_region, boxed, render, text_side, user_text
 
 # %% ../nbs/11_prompt.ipynb #54ee4f58
 GUIDES = dict(
@@ -75,6 +77,7 @@ def by_generating(
 # %% ../nbs/11_prompt.ipynb #7a141da1
 def continuation(tokenizer, text: str, completion: str, eos: list[int]) -> list[int]:
     "Token ids of `completion` as they follow `text`"
+    tokenizer, text = text_side(tokenizer), str(text)    # a picture changes nothing behind itself
     before, both = encode(tokenizer, [text, text + completion], eos)
     return (
         both[len(before) :]
@@ -102,6 +105,16 @@ def score_batch(
     logits = torch.cat([read.logits[:, -1:].repeat_interleave(L, 0), rest[:, :-1]], 1).float()
     return (logits.log_softmax(-1).gather(-1, C[..., None])[..., 0] * N).sum(1)
 
+# %% ../nbs/11_prompt.ipynb #73ac64f8
+def score_seen(seen: list[dict],        # B: what the pictures of each prompt became
+               model: nn.Module, P: torch.Tensor, M: torch.Tensor, C: torch.Tensor, N: torch.Tensor
+              ) -> torch.Tensor:        # (B * L,), as `score_batch`
+    "The same for prompts with pictures"
+    L = len(C) // len(P)
+    whole, mask = (torch.cat([a.repeat_interleave(L, 0), b], 1) for a, b in ((P, C), (M, N)))
+    each = [s for s in seen for _ in range(L)]
+    return token_logprobs(model, whole, mask, P.shape[1], batch_size=len(P), seen=each).sum(1)
+
 # %% ../nbs/11_prompt.ipynb #b484cd9c
 @torch.no_grad()
 def label_scores(model: nn.Module, tokenizer,
@@ -119,7 +132,10 @@ def label_scores(model: nn.Module, tokenizer,
     for part in order.split(batch_size):
         P, M = pad_left([rows[i] for i in part], fill, device)
         C, N = pad_right([e for i in part for e in ends[i]], fill, device)
-        out[part] = score_batch(model, P, M, C, N).view(len(part), -1).cpu()
+        seen = seen_of([rows[i] for i in part])
+        whole = picture_args(model, seen, *2 * [P.shape[1]])
+        score = partial(score_seen, seen) if whole else score_batch
+        out[part] = score(model, P, M, C, N).view(len(part), -1).cpu()
     return out
 
 def pad_right(
@@ -162,7 +178,8 @@ class Dispatch:
 
     def classify(self, prompts: list[str]) -> list[str | None]: # labels; None: nothing readable
         "The first pass"
-        texts = [render(self.ask(user_text(p)), None, self.tokenizer, self.system) for p in prompts]
+        questions = [about(p, self.ask(user_text(p))) for p in prompts]
+        texts = [render(q, None, self.tokenizer, self.system) for q in questions]
         with asked(self.model, self.active):
             self.said, self.last, self.scores = METHODS[self.method](self, texts)
         return self.said

@@ -11,8 +11,8 @@ __all__ = ['PAPER', 'OFFICIAL', 'CHOICES', 'AT_LEAST', 'ABOVE', 'STATE', 'FREE',
            'some_rows', 'policy_step', 'pace', 'Diverged', 'update', 'adam', 'moved', 'trusted', 'probe', 'val_plan',
            'validate', 'score', 'validations', 'best_step', 'stale', 'one_step', 'until_interrupted', 'loop', 'History',
            'plot_history', 'write', 'save_state', 'save_metrics', 'load_state', 'disk_errors', 'save_adapter',
-           'check_run', 'check_model', 'check_folder', 'start', 'summary', 'scalar_writer', 'write_down', 'record',
-           'finish', 'go', 'rescue', 'train_expert', 'gold_batch', 'answer_step', 'sft']
+           'check_run', 'to_count', 'check_model', 'check_folder', 'start', 'summary', 'scalar_writer', 'write_down',
+           'record', 'finish', 'go', 'rescue', 'train_expert', 'gold_batch', 'answer_step', 'sft']
 
 # %% ../nbs/09_reinforce.ipynb #07c6dcfd
 import hashlib, importlib.util, io, json, math, os, random, re, shlex, signal, sys, tempfile
@@ -34,9 +34,9 @@ from .evaluate import (append_lines, base_name, check_writable, is_part, item_id
                                          licence_of, make_result, model_card, peak_memory, save,
                                          sweep_up, versions, write_atomic)
 from .rollout import (Rollouts, check_room, encode, eos_ids, forked_rng, hidden,
-                                        inner, items_of, pad_id, pad_left, places,
-                                        rollout, spread, token_logprobs, undisturbed)
-from .tasks import Task, render
+                                        inner, items_of, pad_id, pad_left, picture_args, places,
+                                        rollout, seen_of, spread, token_logprobs, undisturbed)
+from .tasks import Pictured, Task, render, sees, text_side
 
 # %% ../nbs/09_reinforce.ipynb #1c0ac679
 def advantages(rewards: torch.Tensor,  # (N,) completions of one prompt in a row
@@ -80,7 +80,7 @@ def policy_loss(model: nn.Module,
                 track_kl: bool = True    # compute the KL even where its weight is 0
                ) -> tuple[torch.Tensor, dict]: # (B,) loss of each answer; sums to report
     "-sum_t ((A - lambda (G_t - b_t)) log pi(y_t) - lambda KL_t), with gradients"
-    args, kept = (r.ids, r.mask, r.prompt_len, r.temperature), r.completion_mask == 1
+    args, kept = (r.ids, r.mask, r.prompt_len, r.temperature, r.seen), r.completion_mask == 1
     ref = None
     if lam or track_kl:
         with reference(model): ref = hidden(model, *args)
@@ -242,8 +242,8 @@ class Run:
     good: dict = field(default_factory=dict)        # of the last step that ended well
     ahead: torch.Tensor = None                      # (T,) mean of `kl_to_go` in the last step
     rate: float = None                              # the learning rate that `lr="auto"` found
-    places: tuple = None                            # ids, mask, prompt_len, temperature: some rows
-                                                    # of the batch, to measure the step on
+    places: tuple = None                            # ids, mask, prompt_len, temperature, seen: some
+                                                    # rows of the batch, to measure the step on
     seconds: float = 0.
 
     def __post_init__(self):
@@ -495,10 +495,10 @@ def stepping(run: Run):
 # %% ../nbs/09_reinforce.ipynb #783d2728
 def mean(xs) -> float: return sum(xs) / max(len(xs), 1)
 
-def some_rows(r: Rollouts, most: int = 32) -> tuple: # ids, mask, prompt_len, temperature
+def some_rows(r: Rollouts, most: int = 32) -> tuple: # ids, mask, prompt_len, temperature, seen
     "Rows of a batch to measure its step on: enough for an average over places"
     r = r[list(range(min(most, len(r))))]
-    return r.ids, r.mask, r.prompt_len, r.temperature
+    return r.ids, r.mask, r.prompt_len, r.temperature, r.seen
 
 def policy_step(run: Run) -> dict: # metrics
     "Roll out, judge, and fill .grad with the gradient of the objective"
@@ -554,7 +554,7 @@ def adam(run: Run, lr: float) -> float:
 def moved(run: Run, before: dict # {name: tensor}: the parameters to compare the present ones with
          ) -> float:             # nats per token
     "KL(policy before || policy now), on some rows of the step's batch"
-    ids, mask, P, _ = run.places
+    ids, mask, P, *_ = run.places
     now, kept = snapshot(run), mask[:, P:] == 1
     with undisturbed(run.model), autocast(run):
         after = hidden(run.model, *run.places)
@@ -588,8 +588,10 @@ def trusted(run: Run, guess: float = 1e-3 # the first rate that is tried
 def probe(run: Run) -> None:
     "Diverged if the model no longer gives finite logits: sampling from them would crash"
     prompt, eos = render(run.task, run.train[0], run.tokenizer), eos_ids(run.model, run.tokenizer)
-    ids = torch.tensor(encode(run.tokenizer, [prompt], eos), device=inner(run.model).device)
-    if not torch.isfinite(run.model(input_ids=ids).logits).all():
+    rows = encode(run.tokenizer, [prompt], eos)
+    ids = torch.tensor(rows, device=inner(run.model).device)
+    pictures = picture_args(run.model, seen_of(rows), *2 * [ids.shape[1]])
+    if not torch.isfinite(run.model(input_ids=ids, **pictures).logits).all():
         raise Diverged("the model's logits are no longer finite")
 
 # %% ../nbs/09_reinforce.ipynb #735b5c0c
@@ -788,10 +790,17 @@ def check_run(run: Run, resume: bool) -> None:
                          f" {c.batch_size // size} or less")
     if c.tensorboard and importlib.util.find_spec("tensorboard") is None:
         raise ValueError("tensorboard=True, but it is not installed: pip install tensorboard")
-    texts = [render(run.task, e, run.tokenizer) for e in run.train + run.validation]
+    texts = to_count([render(run.task, e, run.tokenizer) for e in run.train + run.validation])
     rows = encode(run.tokenizer, texts, eos_ids(run.model, run.tokenizer))
     check_room(rows, run.tokens, run.model)
+    picture_args(run.model, seen_of(rows)[-1:], len(rows[-1]), len(rows[-1]))
     if run.out is not None: check_folder(run.out, resume)
+
+def to_count(texts: list[str], most: int = 8) -> list[str]: # those with pictures last
+    "The prompts whose tokens are counted before a run: of those with pictures, the longest texts"
+    shown = [t for t in texts if isinstance(t, Pictured)]
+    if not shown: return texts
+    return [t for t in texts if not isinstance(t, Pictured)] + sorted(shown, key=len)[-most:]
 
 def check_model(run: Run) -> None:
     "Something to train, a base to compare with, and numbers to begin with"
@@ -869,6 +878,7 @@ def record(run: Run, stopped: str, items: list): # an evaluate.Result
     settings = dict(task=run.task.name, split="validation", questions=len(run.validation),
                     model=name, base=base, licence=licence_of(base), seed=c.seed,
                     temperature=temperature, samples=samples, max_new_tokens=run.tokens)
+    if sees(run.tokenizer): settings["sees"] = True
     method = str(run.model.active_peft_config.peft_type.value)
     training = dict(method=method, parameters=sum(p.numel() for p in run.params.values()),
                     config=asdict(c),
@@ -878,7 +888,8 @@ def record(run: Run, stopped: str, items: list): # an evaluate.Result
     command = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
     facts = dict(command=command, versions=versions(), seconds=round(run.seconds, 3),
                  peak_memory_mb=peak_memory(model.device), processes=world()[1])
-    items = [dict(id=item_id(i["prompt"], i["gold"])) | i for i in items]
+    asked = lambda i: [i["prompt"], *i["pictures"]] if "pictures" in i else i["prompt"]
+    items = [dict(id=item_id(asked(i), i["gold"])) | i for i in items]
     return make_result(items, settings | dict(training=training), facts)
 
 # %% ../nbs/09_reinforce.ipynb #3175d383
@@ -932,7 +943,7 @@ def rescue(run: Run, e: Diverged) -> str: # what to tell
 # %% ../nbs/09_reinforce.ipynb #a2e61b36
 def train_expert(model: nn.Module,              # a PEFT model with one active adapter to train; it
                                                 # carries the best z afterwards
-                 tokenizer,
+                 tokenizer,                     # or a processor, for a model that sees
                  task: Task,                    # with splits "train" and "validation"
                  config: ReinforceConfig = ReinforceConfig(),
                  out: str | Path | None = None, # folder to write; None writes nothing
@@ -946,30 +957,34 @@ def train_expert(model: nn.Module,              # a PEFT model with one active a
 
 # %% ../nbs/09_reinforce.ipynb #32e6f067
 def gold_batch(run: Run, rows: list # examples
-              ) -> tuple[torch.Tensor, torch.Tensor, int]: # ids and mask (B, P+T), P
+              ) -> tuple[torch.Tensor, torch.Tensor, int, list]: # ids and mask (B, P+T), P, seen
     "Prompts and their gold answers, laid out as a rollout would be"
     tok, device, eos = run.tokenizer, inner(run.model).device, eos_ids(run.model, run.tokenizer)
-    fill, texts = pad_id(run.model, tok), [render(run.task, e, tok) for e in rows]
-    ids, mask = pad_left(encode(tok, texts, eos), fill, device)
-    gold = [tok(run.task.answer(e), add_special_tokens=False)["input_ids"] for e in rows]
+    fill, read = pad_id(run.model, tok), text_side(tok)
+    prompts = encode(tok, [render(run.task, e, tok) for e in rows], eos)
+    ids, mask = pad_left(prompts, fill, device)
+    gold = [read(run.task.answer(e), add_special_tokens=False)["input_ids"] for e in rows]
     answers = [a + eos[:1] for a in gold]
     T = max(map(len, answers))
     right = torch.tensor([a + [fill] * (T - len(a)) for a in answers], device=device)
     kept = torch.tensor([[1] * len(a) + [0] * (T - len(a)) for a in answers], device=device)
-    return torch.cat([ids, right], 1), torch.cat([mask, kept], 1), ids.shape[1]
+    both = torch.cat([ids, right], 1), torch.cat([mask, kept], 1)
+    return *both, ids.shape[1], seen_of(prompts)
 
 def answer_step(run: Run) -> dict: # metrics
     "Fill .grad with the gradient of the next-token loss on gold answers, mean over tokens"
     c, rank = run.config, world()[0]
     rows = [run.train[i] for i in batch_rows(len(run.train), c.batch_size, run.step, c.seed)]
     parts = [gold_batch(run, part) for part in chunks(rows, c.rollout_batch).values()]
-    tokens = sum(int(mask[:, P:].sum()) for _, mask, P in parts)
-    ids, mask, P = parts[rank]
-    run.places = ids[:32], mask[:32], P, 1.
+    tokens = sum(int(mask[:, P:].sum()) for _, mask, P, _ in parts)
+    ids, mask, P, seen = parts[rank]
+    run.places = ids[:32], mask[:32], P, 1., seen[:32]
     def work():
         total = 0.
         for i, counts in turns(run, list(range(len(parts)))):
-            with autocast(run): nll = -token_logprobs(run.model, *parts[i]).sum() / tokens * counts
+            *part, seen = parts[i]
+            with autocast(run):
+                nll = -token_logprobs(run.model, *part, seen=seen).sum() / tokens * counts
             nll.backward()
             total += nll.item()
         return total
