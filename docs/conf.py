@@ -58,4 +58,11 @@ def fill_pages(app, docname, source):
     if docname == "docs/internals": source[0] = source[0].replace("%%INTERNALS%%", internals(book))
 
 
-def setup(app): app.connect("source-read", fill_pages)
+def filled_anew(app, env, added, changed, removed):
+    "These two follow the library, so they are read again whatever their own files say."
+    return {"docs/reference", "docs/internals"} & env.found_docs
+
+
+def setup(app):
+    app.connect("source-read", fill_pages)
+    app.connect("env-get-outdated", filled_anew)
