@@ -32,7 +32,7 @@ from transformer2_nbdev.tasks import Task
 ROOT = Path(__file__).resolve().parent.parent
 DATA = Path(os.environ.get("TRANSFORMER2_DATA") or ROOT.parent / "shared" / "data")
 RATES = dict(math=("auto", 3e-3, 1e-2, 3e-2), code=("auto", 3e-3, 1e-2, 3e-2),
-             dog=("auto", 3e-3, 1e-2, 3e-2), dispatch=("auto", 2e-3, 1e-2))
+             dog=("auto", 3e-3, 1e-2, 3e-2), dispatch=("auto",))        # an hour each
 SETTINGS = dict(math=dict(steps=20, batch_size=128, rollout_batch=128),
                 code=dict(steps=20, batch_size=128, rollout_batch=128),
                 dog=dict(steps=20, batch_size=64),

@@ -5,8 +5,9 @@ Lines have at most 100 columns and cells at most 30 lines (directives and blank 
 teaching cells one statement a line; `#| export` stands once, at the head of its cell; every
 notebook has one H1, no two the same, and its own Colab button; outputs hold no error, no execution
 count and no path of the machine that ran them. Prints one line for each fault, and fails then.
+`--mend` first breaks lines of prose that are too wide.
 """
-import argparse, io, json, re, sys, tokenize
+import argparse, io, json, re, sys, textwrap, tokenize
 from collections import Counter
 from pathlib import Path
 
@@ -17,6 +18,10 @@ RE_EXPORT = re.compile(r"^#\|\s*exports?\b", re.M)
 RE_DIRECTIVE = re.compile(r"^\s*#\|")
 RE_MAGIC = re.compile(r"^\s*[%!]")
 RE_FENCE = re.compile(r"^(```|~~~)")
+RE_ITEM = re.compile(r"^\s*(?:[-*]|\d+\.)\s")
+RE_EDGE = re.compile(r"^\s*$|:::|#|\||\$\$|```|~~~|<|!\[|\[!\[")          # where a paragraph ends
+RE_HEAD = re.compile(r"^\s*(?:>\s?)?(?:(?:[-*]|\d+\.)\s+)?")
+RE_WHOLE = re.compile(r"`[^`]*`|\$[^$]*\$|\[[^\]]*\]\([^)]*\)")              # never broken
 RE_MACHINE = re.compile(r"(?<![\w./:-])"
                         r"/(?:home|root|work|Users|tmp|var/folders|content|mnt)/[\w.-]+")
 
@@ -39,6 +44,37 @@ def long_prose(source: str) -> list: # numbers of lines
         free = fenced or line.startswith(("|", "[![", "<", "#")) or "](" in line or "$" in line
         if len(line) > COLUMNS and not free: found.append(i)
     return found
+
+
+def broken(source: str) -> str:
+    "Prose with the paragraphs refilled that have a line that is too wide"
+    lines, stuck = source.split("\n"), 0
+    while wide := [n for n in long_prose("\n".join(lines)) if n > stuck]:
+        a = b = wide[0] - 1
+        while a and not RE_ITEM.match(lines[a]) and not RE_EDGE.match(lines[a - 1]): a -= 1
+        while b + 1 < len(lines) and not RE_EDGE.match(lines[b + 1]) \
+                and not RE_ITEM.match(lines[b + 1]): b += 1
+        head = RE_HEAD.match(lines[a])[0]
+        rest = "> " if ">" in head else " " * len(head)
+        more = [re.sub(r"^>\s?", "", l) for l in lines[a + 1:b + 1]]
+        text = " ".join([lines[a][len(head):], *more])
+        whole = RE_WHOLE.sub(lambda m: m[0].replace(" ", "\0"), re.sub(r"\s+", " ", text).strip())
+        new = textwrap.wrap(whole, COLUMNS, initial_indent=head, subsequent_indent=rest,
+                            break_long_words=False, break_on_hyphens=False)
+        lines[a:b + 1] = [l.replace("\0", " ") for l in new]
+        stuck = a + len(new)                       # what is still too wide there cannot be broken
+    return "\n".join(lines)
+
+
+def mend(path: Path):
+    "Break what is too wide in a notebook's prose"
+    nb = json.loads(path.read_text(encoding="utf-8"))
+    for c in nb["cells"]:
+        source = "".join(c["source"])
+        if c["cell_type"] != "markdown" or not long_prose(source): continue
+        c["source"] = broken(source).splitlines(keepends=True)
+    text = json.dumps(nb, indent=1, ensure_ascii=False, sort_keys=True) + "\n"
+    if text != path.read_text(encoding="utf-8"): path.write_text(text, encoding="utf-8")
 
 
 def faults_of_code(source: str):
@@ -88,8 +124,11 @@ def faults(path: Path):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("paths", nargs="*", type=Path, help="notebooks; default: all")
-    paths = [p.resolve() for p in parser.parse_args().paths]
+    parser.add_argument("--mend", action="store_true", help="break lines that are too wide")
+    args = parser.parse_args()
+    paths = [p.resolve() for p in args.paths]
     paths = paths or [ROOT / "index.ipynb", *sorted((ROOT / "nbs").rglob("*.ipynb"))]
+    if args.mend: list(map(mend, paths))
     found = [f"{p.relative_to(ROOT)}, {f}" for p in paths for f in faults(p)]
     titles = Counter(m[0] for p in paths
                      if (m := re.search(r'"# .+', p.read_text(encoding="utf-8"))))

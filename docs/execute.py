@@ -51,6 +51,38 @@ def lighter(png: str) -> str: # base64, in and out
     return text if moved < .25 and len(text) < len(png) else png
 
 
+def two_resolutions(shell) -> dict: # filled while figures are shown: {two pixels a point: one pixel a point}
+    "Have the shell draw every figure twice, so that a notebook that grows too heavy can keep the small ones"
+    from IPython.core.pylabtools import print_figure
+    from matplotlib.figure import Figure
+    shell._run("set_matplotlib_formats('retina', pil_kwargs={'optimize': True})")
+    png, small = shell.display_formatter.formatters["image/png"], {}
+    draw = png.lookup_by_type(Figure)
+    def both(fig):
+        picture, size = draw(fig)
+        small[picture.strip()] = print_figure(fig, base64=True, pil_kwargs={"optimize": True})
+        return picture, size
+    png.for_type(Figure, both)
+    return small
+
+
+def fit(nb, small: dict) -> None: # small: as from `two_resolutions`, by the picture that is shown
+    "Replace the largest pictures by their small ones until the notebook is as light as it may be"
+    import json
+    shown = [o for c in nb.cells for o in c.get("outputs", []) if o.get("data", {}).get("image/png") in small]
+    for o in sorted(shown, key=lambda o: -len(o["data"]["image/png"])):
+        if len(json.dumps(nb, indent=1, ensure_ascii=False).encode()) < .98 * MAX_NB: return
+        o["data"]["image/png"] = small[o["data"]["image/png"]]
+
+
+def lighten(outputs: list, small: dict) -> None:
+    "Make every picture lighter, and its small one"
+    for o in outputs:
+        if not (png := "".join(o.get("data", {}).get("image/png", ""))): continue
+        o["data"]["image/png"] = light = lighter(png)
+        if png.strip() in small: small[light] = lighter(small[png.strip()])
+
+
 def quiet(outputs: list) -> list:
     "Outputs as a terminal would leave them, without progress bars, libraries' warnings to their own users and this machine's paths."
     kept = []
@@ -90,7 +122,7 @@ def run(path: Path, flags: set, clone: bool = True) -> str: # clone: import the 
 
     shell, start = CaptureShell(path, mpl_format="png"), time.time()
     shell._run(f"import matplotlib; matplotlib.rcParams['figure.dpi'] = {DPI}; matplotlib.rcParams['savefig.dpi'] = 'figure'; del matplotlib")
-    shell._run("set_matplotlib_formats('retina', pil_kwargs={'optimize': True})")   # two pixels a point, shown at the size asked for
+    small = two_resolutions(shell)
     if clone: sys.path.insert(0, str(ROOT))
     else: not_the_clone()
     os.chdir(path.parent)
@@ -102,9 +134,10 @@ def run(path: Path, flags: set, clone: bool = True) -> str: # clone: import the 
             sys.exit(f"{shell.prettytb(fname=path)}\n{path.name}: cell {i} ({cell.id}) failed with {type(shell.exc).__name__}: {shell.exc}\n"
                      f"{cell.source}\n(the notebook was not written)")
         cell.outputs = quiet(cell.outputs)
-        for o in cell.outputs:
-            if png := o.get("data", {}).get("image/png"): o["data"]["image/png"] = lighter("".join(png))
-    clean_nb(nb); write_nb(nb, path)
+        lighten(cell.outputs, small)
+    fit(nb, small)
+    clean_nb(nb)
+    write_nb(nb, path)
     return f"{time.time() - start:.1f} s, {path.stat().st_size / 1000:.0f} kB" + "".join(heavy(nb, path))
 
 

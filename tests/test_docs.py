@@ -2,7 +2,7 @@
 
 $TRANSFORMER2_SITE names a finished build to look at instead of building one. $TRANSFORMER2_REQUIRE_BROWSER=1 makes a missing Chromium a failure.
 """
-import functools, http.server, json, os, re, shutil, subprocess, sys, threading, urllib.request
+import functools, http.server, json, os, re, shutil, subprocess, sys, threading, time, urllib.request
 from pathlib import Path
 from urllib.parse import unquote, urldefrag, urlsplit
 
@@ -138,7 +138,14 @@ class Browser:
         request = urllib.request.Request(self.url + path, json.dumps(body).encode(), {"Content-Type": "application/json"})
         with urllib.request.urlopen(request, timeout=120) as answer: return json.load(answer)["value"]
 
-    def open(self, url): self.post("/url", url=url)
+    def open(self, url):
+        "Returns when the page is whole; chromedriver alone may return before, on a busy machine."
+        self.post("/url", url=url)
+        for _ in range(300):
+            if self.run("arguments[0]([document.readyState, location.href])") == ["complete", url]: return
+            time.sleep(.1)
+        raise TimeoutError(f"{url} did not load in half a minute")
+
     def run(self, script): return self.post("/execute/async", script=script, args=[])
     def cdp(self, cmd, **params): return self.post("/goog/cdp/execute", cmd=cmd, params=params)
     def complaints(self): return [f"{e['level']}: {e['message']}" for e in self.post("/se/log", type="browser") if e["level"] in ("SEVERE", "WARNING")]
@@ -275,7 +282,7 @@ def test_the_live_figure_computes_what_it_says(address, tmp_path):
         share = np.sqrt((((z - 1) * S) ** 2).sum() / (S ** 2).sum())
         assert abs(float(seen[name]["says"].split("=")[1]) - share) < .003
     assert (W["again"] == W["base"]).all() and np.ptp(W["base"]) > 200
-    assert (W["base"] == np.rint(255 * picture())).all(), "docs/live.py draws another picture"
+    assert np.abs(W["base"] - 255 * picture()).max() <= .51, "docs/live.py draws another picture"
     assert np.abs(W["keys"] - 255 * turned(np.where(np.arange(len(S)) == 0, .99, 1))).max() <= .51, "a key moves z by one hundredth"
 
 

@@ -951,10 +951,11 @@ Where = Annotated[str, typer.Option(help="folder to write; the package's own if 
 def build(name: Base = None, out: Where = None):
     "Pretrain the lab's bases from their seeds."
     quiet()
-    from transformer2_nbdev import lab
-    for n in [name] if name else lab.BASES:
+    from transformer2_nbdev import lab, vision
+    for n in [name] if name else (*lab.BASES, *vision.BASES):
         folder = Path(out) / n if out and not name else out     # None: the package's own
-        typer.echo(f"{n}: {lab.build(n, folder)}")
+        room = vision if n in vision.BASES else lab
+        typer.echo(f"{n}: {room.build(n, folder)}")
 
 # %% ../nbs/24_cli.ipynb #7bf9d1e1
 DEMO = dict(steps=30, batch_size=192, rollout_batch=96, lr=1e-2, val_every=5, val_limit=300,

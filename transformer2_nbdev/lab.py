@@ -439,8 +439,9 @@ def measure(model, tok, task: Task, sample: bool = False, split: str = "test",
 DATA = Path(transformer2_nbdev.__file__).parent / "data" / "lab"
 
 def _recipe(name):
-    if name not in BASES: raise ValueError(f"no lab base {name!r}; there are {', '.join(BASES)}")
-    return BASES[name]
+    if name in BASES: return BASES[name]
+    sees = "; V sees, and is loaded by vision.load" if name == "V" else ""
+    raise ValueError(f"no lab base {name!r}; there are {', '.join(BASES)}{sees}")
 
 # %% ../nbs/06_lab.ipynb #cfeac052
 def build(name: str,                 # one of BASES

@@ -723,24 +723,26 @@ def judge_code(program: str, tests: str,     # the tests stay outside the progra
     return Verdict(reward, out.passed, program, tests, f"{out.status}: {out.detail}")
 
 # %% ../nbs/18_verifiers.ipynb #e6dbd700
-_CONTRACTED = """ain't aren't can't could've couldn't didn't doesn't don't hadn't hasn't haven't
-how'd
-how'll how's I'd've I've isn't it'll let's ma'am mightn't might've mustn't must've needn't not've
-o'clock oughtn't shan't should've shouldn't somebody's someone's something's that's there'd there're
-there's they'd they'll they're they've wasn't we've weren't what'll what're what's what've when's
-where'd where's where've who'd who'll who's who've why'll why're why's won't would've wouldn't y'all
-you'd you'll you're you've he's""".lower().split()
-_APOSTROPHES = {w.replace("'", ""): w for w in _CONTRACTED}
+_CONTRACTED = """ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't
+hadn't've hasn't haven't he'd he'd've he's how'd how'll how's isn't it'd it'd've it'll ma'am
+mightn't mightn't've might've mustn't must've needn't not've o'clock oughtn't 'ow's'at shan't
+she'd've should've shouldn't shouldn't've somebody'd've somebody'll somebody's someone'd
+someone'd've someone'll someone's something'd something'd've something'll that's there'd
+there'd've there're there's they'd they'd've they'll they're they've 'twas wasn't we'd've we've
+weren't what'll what're what's what've when's where'd where's where've who'd who'd've who'll who's
+who've why'll why're why's won't would've wouldn't wouldn't've y'all y'all'll y'all'd've you'd
+you'd've you'll you're you've""".split()
+_APOSTROPHES = {w[:i] + w[i + 1:]: w for w in _CONTRACTED for i, c in enumerate(w) if c == "'"}
 _WORDS = dict(zip("none zero one two three four five six seven eight nine ten".split(),
                   "0 0 1 2 3 4 5 6 7 8 9 10".split()))
 
 def vqa_normalise(answer: str) -> str:
     "The VQA challenge's normalisation of an answer."
-    text = answer.replace("\n", " ").replace("\t", " ").strip().lower()
-    thousands = re.search(r"\d,\d", text) is not None
+    said = text = answer.replace("\n", " ").replace("\t", " ").strip().lower()
+    thousands = re.search(r"\d,\d", said) is not None
     for p in ";/[]\"{}()=+\\_-><@`,?!":
-        text = text.replace(p, "" if thousands or f"{p} " in text or f" {p}" in text else " ")
-    text = re.sub(r"(?<!\d)\.|\.(?!\d)", "", text)
+        text = text.replace(p, "" if thousands or f"{p} " in said or f" {p}" in said else " ")
+    text = re.sub(r"\.(?!\d)", "", text)
     words = [_WORDS.get(w, w) for w in text.split() if w not in ("a", "an", "the")]
     return " ".join(_APOSTROPHES.get(w, w) for w in words)
 
