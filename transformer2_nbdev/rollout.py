@@ -460,7 +460,8 @@ def sample_steps(model: nn.Module, ids: torch.Tensor, mask: torch.Tensor, config
 def sample_batch(model: nn.Module, rows: list[list[int]], config: GenerationConfig) -> dict:
     "One rectangle: prompt and mask (B, P); tokens, kept and logprobs (B, T); finished (B,)"
     ids, mask = pad_left(rows, config.pad_token_id, inner(model).device)
-    pictures, eos = picture_args(model, seen_of(rows), *2 * [ids.shape[1]]), config.eos_token_id or []
+    pictures = picture_args(model, seen_of(rows), *2 * [ids.shape[1]])
+    eos = config.eos_token_id or []
     sample = sample_steps if can_step(model) and not pictures else sample_whole
     tokens, logprobs = sample(model, ids, mask, config, **pictures)
     kept = until_eos(tokens, eos)
@@ -513,7 +514,8 @@ def select(
     "Some rows of a generation, for instance a micro-batch."
     index = torch.arange(len(g))[rows].reshape(-1).tolist()
     pick = lambda x: (
-        x[index] if torch.is_tensor(x) else [x[i] for i in index] if isinstance(x, list) and x else x
+        x[index] if torch.is_tensor(x)
+        else [x[i] for i in index] if isinstance(x, list) and x else x
     )
     new = replace(g, **{f.name: pick(getattr(g, f.name)) for f in fields(g)})
     left, T = trim(new.mask, new.prompt_len)
@@ -900,4 +902,5 @@ def items_of(r: Rollouts) -> list[dict]: # one JSON-ready dict for each completi
 
 def shown_in(prompt) -> dict: # {} for a prompt without pictures
     "The names of a prompt's pictures, for a record"
-    return dict(pictures=list(map(picture_digest, p))) if (p := getattr(prompt, "pictures", 0)) else {}
+    shown = getattr(prompt, "pictures", [])
+    return dict(pictures=list(map(picture_digest, shown))) if shown else {}

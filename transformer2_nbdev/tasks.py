@@ -208,7 +208,8 @@ def render(task: "Task | str | list", # a task, or a prompt already written: a t
                          "processor of a model that sees (AutoProcessor.from_pretrained)")
     who = tokenizer if getattr(tokenizer, "chat_template", None) else text_side(tokenizer)
     plain = not getattr(who, "chat_template", None)
-    text = _plain(messages, tokenizer) if plain else _strip_bos(_chat(who, messages), text_side(who))
+    if plain: text = _plain(messages, tokenizer)
+    else: text = _strip_bos(_chat(who, messages), text_side(who))
     return Pictured(text, pictures) if pictures else text
 
 def _messages(prompt, system, default):
@@ -274,7 +275,7 @@ def _holds(text, content):
     return all(p["text"].strip() in text for p in _shown(content) if p["type"] == "text")
 
 def _wants_parts(tokenizer, messages, chat):
-    "Whether contents have to be lists: there is a picture, or the template passes over plain texts."
+    "Whether contents have to be lists: there is a picture, or the template skips plain texts."
     if any(not isinstance(m["content"], str) for m in messages): return True
     return sees(tokenizer) and not _holds(chat(messages[-1:]), messages[-1]["content"])
 
