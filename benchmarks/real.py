@@ -9,23 +9,26 @@ What SmolLM2-135M-Instruct answers to the tasks of room 20, as it is and with it
 
 and then, for the unseen ARC-Challenge, which expert each way of adapting chooses (prompt,
 classifier, few-shot over ten training questions), and what the chosen ones answer. Experts are
-adapter folders, given as NAME=FOLDER; the commands that trained them stand in their cards. `--far`
-asks the dispatch expert on weights as far from its own base as four-bit rounding moves them.
+adapter folders, given as NAME=FOLDER: `dispatch` and `arc` learned from rewards, `labels` from the
+right answers (`--label FOLDER` trains it). The last piece asks `labels` on weights as far from its
+own base as four-bit rounding moves them.
 Finished pieces are files in FOLDER; an interrupted benchmark goes on from there.
 """
 import argparse, json, os, shutil, statistics
 from pathlib import Path
 
 import torch
-from peft import PeftModel
+from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pieces import RECORDS, Work, about, nats_an_answer
 from transformer2_nbdev import real
+from transformer2_nbdev.adapter import SvfConfig
 from transformer2_nbdev.evaluate import evaluate, pack, write_atomic
 from transformer2_nbdev.fewshot import FewShot, draw_shots
 from transformer2_nbdev.prompt import Dispatch
+from transformer2_nbdev.reinforce import ReinforceConfig, sft
 from transformer2_nbdev.rollout import rollout
 from transformer2_nbdev.tasks import get_task
 
@@ -33,8 +36,8 @@ ROOT = Path(__file__).resolve().parent.parent
 DATA = Path(os.environ.get("TRANSFORMER2_DATA") or ROOT.parent / "shared" / "data")
 ASKED = [("real.dispatch", "test", 90), ("real.dispatch", "transfer", 300),
          ("real.arc", "test", 256), ("real.arc_challenge", "test", 256), ("real.gsm8k", "test", 48)]
-OF = dict(dispatch=("real.dispatch",), arc=("real.arc", "real.arc_challenge"),
-          gsm8k=("real.gsm8k",))
+OF = dict(dispatch=("real.dispatch",), labels=("real.dispatch",),
+          arc=("real.arc", "real.arc_challenge"))
 SIZE = 48                                    # answers at a time
 KEPT = ("accuracy", "kl", "step_kl", "lr")   # of every training step
 SEARCH = dict(population=12, generations=4)  # of the few-shot mixture
@@ -135,6 +138,16 @@ def facts(experts):
     return dict(commands=commands, curves=curves)
 
 
+def labelled(place, out):
+    "The dispatch expert once more, from the right answers instead of rewards (paper, Table 4)"
+    model, tok = loaded(place)
+    torch.manual_seed(0)
+    model = get_peft_model(model, SvfConfig(target_modules="all-linear"))
+    config = ReinforceConfig(steps=8, batch_size=48, rollout_batch=48, step_kl=.05, val_every=0,
+                             val_limit=15, val_samples=1, val_temperature=0., seed=0)
+    sft(model, tok, get_task("real.dispatch", DATA), config, out=out)
+
+
 def main():
     p = argparse.ArgumentParser(description=__doc__,
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -143,10 +156,12 @@ def main():
     p.add_argument("--experts", nargs="*", default=[], metavar="NAME=FOLDER")
     p.add_argument("--only", nargs="+", choices=["base", "experts", "adapt", "far"])
     p.add_argument("--seeds", nargs="+", type=int, default=[0])
+    p.add_argument("--label", metavar="FOLDER", help="only train the expert `labels`, into FOLDER")
     p.add_argument("--ship", metavar="FOLDER", help="also write the SVF experts there, to publish")
     p.add_argument("--out", default=str(RECORDS / "real.json"))
     a = p.parse_args()
     torch.set_num_threads(1)
+    if a.label: return labelled(a.model, a.label)
     work, experts = Work(a.work), dict(e.split("=") for e in a.experts)
     wanted = lambda what: not a.only or what in a.only
     model, tok = loaded(a.model)
@@ -167,11 +182,11 @@ def main():
             work.do(f"{expert}-drift", lambda: drift(model, tok, own, 48))
     if wanted("adapt"):
         adapt(work, model, tok, list(experts), a.seeds)
-    if wanted("far") and "dispatch" in experts:
+    if wanted("far") and "labels" in experts:
         other, tok = loaded(a.model)
         by = moved(other)
-        other = PeftModel.from_pretrained(other, experts["dispatch"])
-        work.do("far-dispatch", lambda: dict(moved=by) | answers(other, tok, *ASKED[0]))
+        other = PeftModel.from_pretrained(other, experts["labels"])
+        work.do("far-labels", lambda: dict(moved=by) | answers(other, tok, *ASKED[0]))
     for name, folder in experts.items():
         if a.ship and name in OF: ship(folder, Path(a.ship) / name)
     rows = {f.stem: json.loads(f.read_text()) for f in sorted(work.folder.glob("*.json"))}
@@ -185,7 +200,7 @@ def adapt(work, model, tok, experts, seeds):
     n = ASKED[3][2]
     mixed = [e for e in experts if e in OF]                     # SVF, seed 0, one of each kind
     work.do("prompt-names", lambda: named(model, tok, None, n))
-    work.do("classifier-names", lambda: named(model, tok, "dispatch", n))
+    work.do("classifier-names", lambda: named(model, tok, "labels", n))
     for seed in seeds:
         work.do(f"few-shot-{seed}", lambda: few_shot(model, tok, mixed, seed, n))
 

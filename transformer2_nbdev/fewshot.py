@@ -69,10 +69,10 @@ class Search:
     smoothing: float = .3    # share of the old mean and std that is kept; official: 0
     mean: "float | torch.Tensor" = None # where it starts; None: the middle of the bounds
     spread: float = .25      # std at the start, as a share of the bounds' width; official: .5
-    rank_by: int = None      # columns of the score that rank the elites; None: all; official: 1
+    rank_by: int | None = None      # columns that rank the elites; None: all; official: 1
     first: str = "mean"      # candidate 0: the "mean", or the "best" so far (official)
     correction: int = 0      # 1: the elites' std has E - 1 in its denominator (official)
-    patience: int = None     # stop after so many generations without a better candidate
+    patience: int | None = None     # stop after so many generations without a better candidate
     tol: float = 1e-3        # stop when every std is below this share of the bounds' width
     seed: int = 0
 
@@ -98,7 +98,8 @@ def cem(objective: Callable,         # (P, dim) -> (P,) or (P, C) scores, greate
         **settings                   # of `Search`
        ) -> Found:
     "Maximise a function that can only be evaluated, by the cross-entropy method"
-    s, rng, history, best, since = Search(**settings), torch.Generator(), [], None, 0
+    s, rng, history, since = Search(**settings), torch.Generator(), [], 0
+    best: tuple = ()
     rng.manual_seed(s.seed)
     mean, std = opening(s, dim)
     for g in (bar := progress_bar(range(s.generations), desc="CEM", unit="generation",
@@ -111,11 +112,12 @@ def cem(objective: Callable,         # (P, dim) -> (P,) or (P, C) scores, greate
         history.append(dict(population=x, scores=scores, elites=elites, mean=mean, std=std))
         top = best_first(scores)[0]
         since += 1
-        if best is None or beats(scores[top], best[1]): best, since = (x[top], scores[top]), 0
+        if not best or beats(scores[top], best[1]): best, since = (x[top], scores[top]), 0
         mean, std = refit(x[elites], mean, std, s.smoothing, s.correction)
         bar.set_postfix(best=" ".join(f"{v:.3f}" for v in best[1].tolist()), std=f"{std.max():.3f}")
         if why := stop(s, std, since): break
-    return Found(*best, mean, std, why or f"{s.generations} generations", history)
+    x, score = best
+    return Found(x, score, mean, std, why or f"{s.generations} generations", history)
 
 # %% ../nbs/13_fewshot.ipynb #cbc6eb0c
 def opening(s: Search, dim: int) -> tuple[torch.Tensor, torch.Tensor]: # mean and std, (dim,) each
@@ -170,7 +172,7 @@ def show_search(found: Found,
                 bounds: tuple = (0., 1.)):
     "A search in two dimensions: population, elites, and two standard deviations around the mean"
     import matplotlib.pyplot as plt
-    at = [g for g in at if g < len(found.history)]
+    at = tuple(g for g in at if g < len(found.history))
     axis = torch.linspace(*bounds, 60)
     grid = torch.cartesian_prod(axis, axis)
     values = objective(grid).view(60, 60).T
@@ -535,7 +537,8 @@ def select(model: nn.Module, tokenizer, task: Task, shots: "list[dict] | Shots",
               for name, kw in among.items()}
     name = list(among)[best_first(torch.stack(list(scores.values())))[0]]
     chosen = FewShot(model, tokenizer, task, shots, **fit | search | among[name])
-    chosen.variant, chosen.validation = name, {n: tuple(s.tolist()) for n, s in scores.items()}
+    held = {n: tuple(s.tolist()) for n, s in scores.items()}
+    chosen.variant, chosen.validation = name, held  # type: ignore[attr-defined]
     return chosen
 
 # %% ../nbs/13_fewshot.ipynb #097374a3
