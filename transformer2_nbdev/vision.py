@@ -490,7 +490,7 @@ def experts(name: str = "V") -> dict:  # skill -> adapter folder, as text
     return {p.parent.name: str(p.parent)
             for p in sorted((DATA / name / "experts").glob("*/adapter_config.json"))}
 
-# %% ../nbs/21_vision.ipynb #43819c59
+# %% ../nbs/21_vision.ipynb #76ed7600
 def ask(model, processor,
         examples: list,      # of a task of this room
         images: list = None, # other pictures instead of the examples' own
@@ -506,13 +506,13 @@ def gallery(examples: list, said: dict,  # {"before": answers, "after": answers,
     "Pictures, and below each its question and the answers; green where they are right."
     import matplotlib.pyplot as plt
     rows = -(-len(examples) // columns)
-    _, axes = plt.subplots(rows, columns, figsize=(1.6 * columns, 2 * rows), squeeze=False)
+    _, axes = plt.subplots(rows, columns, figsize=(1.7 * columns, 2.4 * rows), squeeze=False)
     for i, (ax, e) in enumerate(zip(axes.flat, examples)):
         ax.imshow(image_of(e))
-        ax.set_title(e["text"], fontsize=7)
+        ax.set_title(e["text"].replace(" : ", ":\n"), fontsize=9)
         for j, (who, texts) in enumerate(said.items()):
             right = verify("cls" if e["text"].endswith("skill ?") else "", texts[i], e).correct
-            ax.text(0, 67 + 9 * j, f"{who}: {texts[i]}", fontsize=7, clip_on=False,
+            ax.text(0, 68 + 10 * j, f"{who}: {texts[i]}", fontsize=8, clip_on=False,
                     color="#1b7837" if right else "#b2182b")
     for ax in axes.flat: ax.axis("off")
     return axes
