@@ -11,7 +11,7 @@ __all__ = ['TYPES', 'LATER', 'NEEDS', 'PIECE', 'ODD', 'pad_left', 'positions', '
            'sample_steps', 'sample_batch', 'Generation', 'trim', 'select', 'join', 'texts_of', 'generate',
            'answer_pass', 'to_share', 'completion_logits', 'vocab_logprobs', 'entropy', 'kl_per_token', 'Hidden',
            'after_head', 'plain_head', 'caught', 'hidden', 'agrees', 'divergence', 'slopes_of', 'places',
-           'whole_places', 'base_logprobs', 'token_logprobs', 'judge', 'Rollouts', 'rollout']
+           'whole_places', 'base_logprobs', 'token_logprobs', 'judge', 'Rollouts', 'rollout', 'items_of', 'shown_in']
 
 # %% ../nbs/07_rollout.ipynb #cc206472
 import math, time
@@ -881,3 +881,22 @@ def rollout(
     rewards = torch.tensor([v.reward for v in verdicts], device=g.ids.device, dtype=torch.float32)
     return Rollouts(**{f.name: getattr(g, f.name) for f in fields(g)}, examples=examples,
                     verdicts=verdicts, rewards=rewards, samples=samples)
+
+# %% ../nbs/07_rollout.ipynb #ebf9b7af
+def items_of(r: Rollouts) -> list[dict]: # one JSON-ready dict for each completion
+    "The lines of items.jsonl."
+    plain = lambda x: x if isinstance(x, (str, int, float, bool, type(None))) else str(x)
+    rows = zip(r.prompts, r.texts, r.verdicts, r.lengths.tolist(), r.finished.tolist(),
+               r.logprobs.sum(1).tolist())
+    said = lambda p: str(p) if isinstance(p, str) else p
+    return [
+        dict(prompt=said(p), completion=t, reward=float(v.reward), correct=bool(v.correct),
+             score=float(v.score), parsed=plain(v.parsed), gold=plain(v.gold), why=v.why,
+             sample=i % r.samples, tokens=n, finished=f, logprob=round(l, 4)) | shown_in(p)
+        for i, (p, t, v, n, f, l) in enumerate(rows)
+    ]
+
+def shown_in(prompt) -> dict: # {} for a prompt without pictures
+    "The names of a prompt's pictures, for a record"
+    pictures = getattr(prompt, "pictures", ())
+    return dict(pictures=list(map(picture_digest, pictures))) if pictures else {}

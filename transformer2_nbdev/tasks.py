@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['GROUP', 'TASKS', 'Verdict', 'Task', 'check_prompt', 'picture_of', 'opened', 'Pictured', 'sees', 'text_side',
-           'pictures_of', 'picture_digest', 'named', 'about', 'user_text', 'spoken', 'answer_region', 'boxes', 'boxed',
-           'judge_all', 'read_text', 'read_rows', 'as_row', 'load_function', 'from_files', 'register', 'task_names',
-           'get_task']
+           'pictures_of', 'picture_digest', 'named', 'about', 'render', 'user_text', 'spoken', 'answer_region', 'boxes',
+           'boxed', 'judge_all', 'read_text', 'read_rows', 'as_row', 'load_function', 'from_files', 'register',
+           'task_names', 'get_task']
 
 # %% ../nbs/05_tasks.ipynb #9add32b0
 import hashlib, importlib.metadata, importlib.util, json, math, os, re
@@ -190,6 +190,28 @@ def about(prompt: "str | list",   # what may hold pictures
     turns = [dict(role="user", content=question)] if isinstance(question, str) else question
     return [*turns[:-1], turns[-1] | dict(content=_joined(shown, turns[-1]["content"]))]
 
+# %% ../nbs/05_tasks.ipynb #5d1666db
+def render(task: "Task | str | list", # a task, or a prompt already written: a text or messages
+           example: dict = None,      # one of the task's examples; unused for a written prompt
+           tokenizer=None,            # its chat template is used when it has one
+           system: str = None,        # instead of the task's, or the prompt's own, system message
+          ) -> str:                   # `tokenizer(text)` holds every special token once; a
+                                      # `Pictured` where there are pictures
+    "The text to feed the model: through the tokenizer's chat template if there is one, else plain."
+    written = isinstance(task, (str, list))
+    prompt = task if written else task.prompt(example)
+    if not isinstance(prompt, str): check_prompt(prompt)
+    messages = _messages(prompt, system, "" if written else task.system)
+    pictures = pictures_of(messages)
+    if pictures and not sees(tokenizer):
+        raise ValueError("the prompt holds a picture, and a tokenizer reads text alone: give the "
+                         "processor of a model that sees (AutoProcessor.from_pretrained)")
+    who = tokenizer if getattr(tokenizer, "chat_template", None) else text_side(tokenizer)
+    plain = not getattr(who, "chat_template", None)
+    if plain: text = _plain(messages, tokenizer)
+    else: text = _strip_bos(_chat(who, messages), text_side(who))
+    return Pictured(text, pictures) if pictures else text
+
 # %% ../nbs/05_tasks.ipynb #0b02e492
 def _messages(prompt, system, default):
     "A prompt as messages. A system message given wins over the prompt's own, that over the task's."
@@ -230,6 +252,33 @@ def user_text(prompt: "str | list") -> str:
     content = prompt[-1]["content"]
     if isinstance(content, str): return content
     return "\n".join(p["text"] for p in content if p["type"] == "text")
+
+# %% ../nbs/05_tasks.ipynb #57826e57
+def _chat(tokenizer, messages):
+    "Apply the chat template; without a system role the system text goes to the first question."
+    chat = partial(tokenizer.apply_chat_template, tokenize=False, add_generation_prompt=True)
+    if _wants_parts(tokenizer, messages, chat):
+        messages = [m | dict(content=_shown(m["content"])) for m in messages]
+    system = messages[0]["content"] if messages[0]["role"] == "system" else ""
+    if len(messages) == 1: return chat(messages)
+    try: text = chat(messages)
+    except Exception as e:                    # jinja2's TemplateError: "System role not supported"
+        if "system" not in str(e).lower() and "role" not in str(e).lower(): raise
+        text = None
+    if text is None or system and not _holds(text, system): text = chat(_folded(messages))
+    for i, m in enumerate(messages, 1):
+        if len(messages) > 2 and m["role"] == "user" and not _holds(text, m["content"]):
+            raise ValueError(f"the chat template loses message {i}: it keeps {text[:60]!r} ...")
+    return text
+
+def _holds(text, content):
+    "Whether a rendered text holds all that a content says."
+    return all(p["text"].strip() in text for p in _shown(content) if p["type"] == "text")
+
+def _wants_parts(tokenizer, messages, chat):
+    "Whether contents have to be lists: for a picture, or a template that passes over plain texts"
+    if any(not isinstance(m["content"], str) for m in messages): return True
+    return sees(tokenizer) and not _holds(chat(messages[-1:]), messages[-1]["content"])
 
 # %% ../nbs/05_tasks.ipynb #0ec15651
 def _folded(messages):
