@@ -144,6 +144,7 @@ def pack(model, a):
         lin = getattr(parent, leaf)
         new = bnb.nn.Linear4bit(lin.in_features, lin.out_features, bias=False,
                                 compute_dtype=a.dtype, quant_type="nf4", device="meta")
+        new.support_avx512bf16_for_cpu = False       # a rehearsal on a CPU: no packed kernel
         new.weight = bnb.nn.Params4bit(lin.weight.data.cpu(), requires_grad=False, quant_type="nf4",
                                        module=new)
         setattr(parent, leaf, new.to(a.device)); del lin

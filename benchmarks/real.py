@@ -14,7 +14,7 @@ right answers (`--label FOLDER` trains it). The last piece asks `labels` on weig
 own base as four-bit rounding moves them.
 Finished pieces are files in FOLDER; an interrupted benchmark goes on from there.
 """
-import argparse, json, os, shutil, statistics
+import argparse, json, os, re, statistics
 from pathlib import Path
 
 import torch
@@ -25,7 +25,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from pieces import RECORDS, Work, about, nats_an_answer
 from transformer2_nbdev import real
 from transformer2_nbdev.adapter import SvfConfig
-from transformer2_nbdev.evaluate import evaluate, pack, write_atomic
+from transformer2_nbdev.evaluate import evaluate, model_card, pack, write_atomic
 from transformer2_nbdev.fewshot import FewShot, draw_shots
 from transformer2_nbdev.prompt import Dispatch
 from transformer2_nbdev.reinforce import ReinforceConfig, sft
@@ -68,7 +68,7 @@ def named(model, tok, expert, n):
     "Which teacher the base (None) or an expert names for the unseen questions"
     task = get_task("real.arc_challenge", DATA)
     how = dict(ask=real.ask_teacher, read=real.read_teacher, say=str, other=None, max_new_tokens=4)
-    labels = dict.fromkeys(real.SUBJECTS)            # they are only named here: nobody answers
+    labels = dict.fromkeys(real.SUBJECTS) | dict(science="arc")      # the others: the base
     asked = Dispatch(model, tok, labels, active=expert, batch_size=SIZE, **how)
     return dict(said=asked.classify([task.prompt(e) for e in task.examples("test")[:n]]))
 
@@ -115,15 +115,24 @@ there as far as room 20 of the book measures it. d = z - 1 is stored in float16.
 """
 
 
+def told(folder):
+    "A run's record, with the model's name and without the folders of the machine it ran on"
+    made = json.loads((Path(folder) / "result.json").read_text())
+    made["base"] = made["model"] = real.MODEL
+    made["run"]["command"] = re.sub(r"/\S*/", "", made["run"].get("command") or "")
+    return made
+
+
 def ship(folder, out):
     "A trained expert as it is published: d in half precision, the card, the configuration"
     folder, out = Path(folder), Path(out)
     out.mkdir(parents=True, exist_ok=True)
     state = load_file(folder / "adapter_model.safetensors")
     save_file({k: v.half() for k, v in state.items()}, out / "adapter_model.safetensors")
-    shutil.copy(folder / "adapter_config.json", out)
-    card = (folder / "README.md").read_text(encoding="utf-8")
-    write_atomic(out / "README.md", card.rstrip() + "\n" + NOTE)
+    config = json.loads((folder / "adapter_config.json").read_text())
+    config["base_model_name_or_path"] = real.MODEL
+    write_atomic(out / "adapter_config.json", json.dumps(config, indent=1) + "\n")
+    write_atomic(out / "README.md", model_card(told(folder)).rstrip() + "\n" + NOTE)
 
 
 def facts(experts):
@@ -133,8 +142,7 @@ def facts(experts):
         steps = (Path(folder) / "metrics.jsonl").read_text().splitlines()
         seen = [m for m in map(json.loads, steps) if "accuracy" in m]
         curves[name] = {k: [float(f"{m[k]:.4g}") for m in seen] for k in KEPT}
-        made = json.loads((Path(folder) / "result.json").read_text())
-        commands[name] = made["run"].get("command")
+        commands[name] = told(folder)["run"]["command"]
     return dict(commands=commands, curves=curves)
 
 

@@ -195,3 +195,30 @@ def program():
 
 
 if __name__ == "__main__": program()
+
+
+@needs_bits
+@pytest.mark.parametrize("packed_before", [False, True])
+def test_a_4_bit_weight_keeps_the_form_that_a_gradient_can_read(packed_before):
+    "bitsandbytes repacks weights on CPUs with AVX512-BF16 at the first inference pass; not under an adapter"
+    import bitsandbytes as bnb
+    from bitsandbytes.functional import dequantize_4bit
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(128, 128, bias=False))
+    q = bnb.nn.Linear4bit(128, 128, bias=False, compute_dtype=torch.float32, quant_type="nf4")
+    q.weight = bnb.nn.Params4bit(net[0].weight.data.clone(), requires_grad=False, quant_type="nf4")
+    net[0] = q.to("cpu")
+    W = dequantize_4bit(q.weight.data, q.weight.quant_state).clone()
+    x = torch.randn(4, 128)
+    if packed_before:
+        net.eval()(x)
+        if not getattr(q.weight.quant_state, "packing_format_for_cpu", False):
+            pytest.skip("this CPU has no AVX512-BF16, so that bitsandbytes packs nothing")
+    m = get_peft_model(net, SvfConfig(target_modules=["0"], init_weights=False)).eval()
+    for _ in range(2): y = m(x)
+    layer, = svf_layers(m).values()
+    now = weight_of(layer)                   # packing has rounded the scales to bfloat16 for good
+    assert torch.allclose(now, W, atol=4e-4 if packed_before else 1e-6)
+    with m.disable_adapter(): assert torch.allclose(m(x), x @ now.T, atol=1e-4)
+    y.square().sum().backward()
+    assert layer.svf_d["default"].grad.abs().max() > 0

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 import reinforce_toy as toy
 from transformer2_nbdev import evaluate, reinforce, rollout
 from transformer2_nbdev.reinforce import Diverged, ReinforceConfig, Run, advantages, policy_step, sft, train_expert
-from transformer2_nbdev.rollout import Rollouts, vocab_logprobs
+from transformer2_nbdev.rollout import Rollouts, kl_per_token, vocab_logprobs
 from transformer2_nbdev.tasks import Task
 
 fork = multiprocessing.get_context("fork")
@@ -255,7 +255,7 @@ def test_a_baseline_known_beforehand_leaves_the_gradient_of_the_kl_exact(of):
     logp = vocab_logprobs(model, every.ids, every.mask, 2, .8)
     with reinforce.reference(model): ref = vocab_logprobs(model, every.ids, every.mask, 2, .8)
     pi = (logp.gather(-1, every.ids[:, 2:, None])[..., 0] * every.completion_mask).sum(1).exp()
-    exact = per_answer([(pi * (reinforce.kl_per_token(logp, ref, of) * every.completion_mask).sum(1)).sum()], z)[0]
+    exact = per_answer([(pi * (kl_per_token(logp, ref, of) * every.completion_mask).sum(1)).sum()], z)[0]
     def ours(**kw): return per_answer([(pi.detach() * reinforce.policy_loss(model, every, torch.zeros(13), 1., of, **kw)[0]).sum()], z)[0]
     for ahead in (None, torch.tensor([.4, -2., 9.])):
         assert (ours(ahead=ahead) - exact).norm() < 1e-6 * exact.norm()

@@ -136,6 +136,7 @@ def test_a_quantised_base_exports_what_it_computed_with(tmp_path):
         q = nn.Sequential(*[bnb.nn.Linear4bit(l.in_features, l.out_features, **kind) for l in m])
         for a, b in zip(q, m):
             a.weight = bnb.nn.Params4bit(b.weight.data, requires_grad=False, quant_type="nf4")
+            a.support_avx512bf16_for_cpu = False     # or bitsandbytes computes in bfloat16
         return q.to("cpu")
     x, expert = torch.randn(5, 64), get_peft_model(net(), SvfConfig(target_modules=["0", "1"],
         rank=6, init_weights=False)).eval()

@@ -83,12 +83,14 @@ def site(tmp_path, monkeypatch):
     for m in ("plug_a", "plug_b", "broken_a", "broken_b"): sys.modules.pop(m, None)
 
 def test_every_task_of_ours_is_declared_and_every_declared_one_can_be_made():
-    from transformer2_nbdev import benchmarks, lab, real
+    from transformer2_nbdev import benchmarks, lab, real, vision
     ours = {p.name: p.value for points in tasks._installed()[0].values() for p, q in points if q == "transformer2_nbdev"}
     assert {n for n, v in ours.items() if v == "transformer2_nbdev.benchmarks:benchmark"} == set(benchmarks.BENCHMARKS)
     assert {n for n, v in ours.items() if v == "transformer2_nbdev.lab:task"} == {f"lab.{n.replace('+', '-')}" for n in lab.KINDS}
     assert {n for n, v in ours.items() if v.startswith("transformer2_nbdev.real:")} == set(real.TASKS)
-    assert len(ours) == len(benchmarks.BENCHMARKS) + len(lab.KINDS) + len(real.TASKS)
+    seen = {n: v for n, v in ours.items() if v.startswith("transformer2_nbdev.vision:")}
+    assert {n.removeprefix("lab.").removeprefix("vision-") for n in seen} == set(vision.TASKS)
+    assert len(ours) == len(benchmarks.BENCHMARKS) + len(lab.KINDS) + len(real.TASKS) + len(seen)
     for n in ours: assert isinstance(get_task(n), Task)
 
 @pytest.mark.parametrize("name, want", [("arc_easy", "arc_easy"), ("arc-easy", "arc_easy"), ("ARC Easy", "arc_easy"), ("lab:math", "math"), ("lab.math", "math"),

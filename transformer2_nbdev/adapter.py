@@ -10,8 +10,8 @@ __all__ = ['SHORTHANDS', 'FAMILIES', 'FORMS', 'SvfType', 'SvfConfig', 'check_con
            'svf_layers', 'zs', 'shared_weights', 'check_unshared', 'warn_of_rounding', 'check_not_compiled',
            'rows_in_place', 'mixed_batch', 'check_batch', 'mix_layer', 'check_names', 'as_weights',
            'add_weighted_adapter', 'joint_config', 'base_tag', 'shape_tag', 'check_shapes', 'check_weights',
-           'base_tags', 'record_of', 'as_stored_now', 'new_layer', 'name_fault', 'safe_name', 'check_name', 'Keeping',
-           'SvfModel', 'check_at_hand', 'check_before', 'place']
+           'base_tags', 'record_of', 'as_stored_now', 'keep_plain', 'new_layer', 'name_fault', 'safe_name',
+           'check_name', 'Keeping', 'SvfModel', 'check_at_hand', 'check_before', 'place']
 
 # %% ../nbs/02_adapter.ipynb #eb958fd0
 import copy, re, warnings
@@ -654,6 +654,16 @@ def as_stored_now(state: dict[str, torch.Tensor], # an adapter's tensors, as its
     old = {k: k.removesuffix("svf_z") + "svf_d" for k in state if k.endswith(".svf_z")}
     return {old.get(k, k): convert(v) if k in old else v for k, v in state.items()}
 
+# %% ../nbs/02_adapter.ipynb #4c390b53
+def keep_plain(base: nn.Module) -> None: # a layer; anything but bitsandbytes' 4-bit is left alone
+    "Keep, or bring back, the 4-bit format that gradients and dequantisation can read"
+    if not getattr(base, "support_avx512bf16_for_cpu", False): return
+    base.support_avx512bf16_for_cpu = False
+    state = getattr(base.weight, "quant_state", None)
+    if getattr(state, "packing_format_for_cpu", False):
+        from bitsandbytes.functional import _convert_weight_packed_for_cpu_inverse as unpack
+        base.weight.data, base.weight.quant_state = unpack(base.weight.data, state)
+
 # %% ../nbs/02_adapter.ipynb #f0d43347
 def new_layer(target: nn.Module, name: str, config: SvfConfig,
               key: str # the module's name, for the error
@@ -661,6 +671,7 @@ def new_layer(target: nn.Module, name: str, config: SvfConfig,
     "Wrap one module, or say why it cannot be wrapped"
     base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
     if isinstance(base, (nn.Linear, Conv1D)) or resolve_quantization_backend(base):
+        keep_plain(base)
         return SvfLinear(target, name, config)
     raise ValueError(f"Target module {key} is a {type(target).__name__}: SVF adapts nn.Linear and "
                      "Conv1D, name such layers in target_modules")

@@ -574,9 +574,10 @@ def trusted(run: Run, guess: float = 1e-3 # the first rate that is tried
     step = {n: p.detach() - before[n] for n, p in run.params.items()}
     for _ in range(8):
         kl = max(moved(run, before), 0.) # a tiny one can be rounded below 0
-        low = c.step_kl / 2 if first and kl > 1e-9 else 0.      # a step that does nothing stays
+        seen = kl > 1e-9 or lr < 1e-4 * share    # too short to be measured, or does it do nothing?
+        low = c.step_kl / 2 if first and seen else 0.           # a step that does nothing stays
         if low <= kl <= 1.5 * c.step_kl: break
-        scale = min(max(math.sqrt(c.step_kl / kl), .1), 30.) if math.isfinite(kl) else .1
+        scale = min(max(math.sqrt(c.step_kl / max(kl, 1e-12)), .1), 30.) if kl < math.inf else .1
         lr *= scale
         for v in step.values(): v *= scale
         restore(run, {n: before[n] + v for n, v in step.items()})
