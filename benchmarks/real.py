@@ -131,7 +131,7 @@ def ship(folder, out):
     save_file({k: v.half() for k, v in state.items()}, out / "adapter_model.safetensors")
     config = json.loads((folder / "adapter_config.json").read_text())
     config["base_model_name_or_path"] = real.MODEL
-    write_atomic(out / "adapter_config.json", json.dumps(config, indent=1) + "\n")
+    write_atomic(out / "adapter_config.json", json.dumps(config) + "\n")
     write_atomic(out / "README.md", model_card(told(folder)).rstrip() + "\n" + NOTE)
 
 
