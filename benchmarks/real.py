@@ -120,7 +120,8 @@ def told(folder):
     "A run's record, with the model's name and without the folders of the machine it ran on"
     made = json.loads((Path(folder) / "result.json").read_text())
     made["base"] = made["model"] = real.MODEL
-    made["run"]["command"] = re.sub(r"/\S*/", "", made["run"].get("command") or "")
+    command = re.sub(r"/\S*/", "", made["run"].get("command") or "")
+    made["run"]["command"] = re.sub(r"^real\.py", "python benchmarks/real.py", command)
     return made
 
 
