@@ -660,7 +660,7 @@ def keep_plain(base: nn.Module) -> None: # a layer; anything but bitsandbytes' 4
     if not getattr(base, "support_avx512bf16_for_cpu", False): return
     base.support_avx512bf16_for_cpu = False
     state = getattr(base.weight, "quant_state", None)
-    if getattr(state, "packing_format_for_cpu", False):
+    if state is not None and getattr(state, "packing_format_for_cpu", False):
         from bitsandbytes.functional import _convert_weight_packed_for_cpu_inverse as unpack
         base.weight.data, base.weight.quant_state = unpack(base.weight.data, state)
 
