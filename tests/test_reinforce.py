@@ -1,5 +1,6 @@
 """Training runs that are killed, interrupted, resumed, spread over processes, broken and misused."""
 import json, math, multiprocessing, os, random, signal, socket, time
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -288,6 +289,23 @@ def test_a_later_step_that_goes_too_far_is_shortened_and_one_that_does_not_is_le
         policy_step(run); run.good = reinforce.snapshot(run)
         m = reinforce.trusted(run)
         assert (m["lr"] < run.rate) == shorter and m["step_kl"] <= 1.5 * run.config.step_kl
+
+
+@pytest.mark.parametrize("lr", ["auto", 1e-2])
+@pytest.mark.parametrize("reward, moves", [(1., False), (-1., False), (None, True)])
+def test_equal_rewards_at_the_base_move_nothing_whatever_the_rounding(monkeypatch, lr, reward, moves):
+    "The gradient is rounding then, of a size that grows with the model: 1e-5 at 135M weights"
+    real = reinforce.stepping
+    @contextmanager
+    def rounded(run):
+        with real(run): yield
+        for p in run.params.values(): p.grad += 1e-3 * torch.randn_like(p)
+    monkeypatch.setattr(reinforce, "stepping", rounded)
+    task = toy.DOG if moves else broken(reward=lambda t, e: reward)
+    run = reinforce.begin(toy.policy(), toy.tokenizer(), task, config(lr=lr), None)
+    for _ in range(2): reinforce.update(run, m := policy_step(run))
+    assert (m["grad_norm"] > 0) == moves
+    assert any(bool(p.any()) for p in run.params.values()) == moves
 
 
 def test_a_step_without_a_gradient_leaves_the_rate_open():

@@ -512,6 +512,8 @@ def policy_step(run: Run) -> dict: # metrics
         parts = exchange(lambda: learn(run, mine, A, 1 / size, idle(run, len(rows))))
     run.places = some_rows(next(iter(mine.values())))
     total = {k: (max if k == "gap" else sum)(p[k] for p in parts) for k in parts[0]}
+    if not A.any() and total["kl"] < 1e-6 * n:           # no reward, no distance: all there is
+        for p in run.params.values(): p.grad = torch.zeros_like(p)               # is rounding
     run.ahead = total["to_go"] / total["places"].clamp(min=1)
     return dict(reward=mean(seen["reward"]), accuracy=mean(seen["correct"]), kl=total["kl"] / n,
                 entropy=total["entropy"] / n, loss=total["loss"] / size, tokens=n / len(rows),
