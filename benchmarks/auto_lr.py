@@ -11,7 +11,8 @@ test questions: greedy accuracy (lab, dispatch); mean reward and divergence from
 token and an answer, exact at every place) of one sampled answer each. Rates and seeds were written
 down before the first run. Finished runs are files in FOLDER, a run of the real model goes on from
 its last step, and an interrupted benchmark (`timeout -s INT 300 python ...`) goes on from there.
-The record is transformer2_nbdev/data/records/auto-lr.json. --chat names the real model's folder.
+The record is transformer2_nbdev/data/records/auto-lr.json. --chat names the real model's folder and
+--device where it runs (an hour a run on one core of a CPU; each row says which device it was).
 """
 import argparse, json, os, statistics
 from functools import cache
@@ -32,13 +33,13 @@ from transformer2_nbdev.tasks import Task
 ROOT = Path(__file__).resolve().parent.parent
 DATA = Path(os.environ.get("TRANSFORMER2_DATA") or ROOT.parent / "shared" / "data")
 RATES = dict(math=("auto", 3e-3, 1e-2, 3e-2), code=("auto", 3e-3, 1e-2, 3e-2),
-             dog=("auto", 3e-3, 1e-2, 3e-2), dispatch=("auto",))        # an hour each
+             dog=("auto", 3e-3, 1e-2, 3e-2), dispatch=("auto", 3e-4, 2e-3, 1e-2))
 SETTINGS = dict(math=dict(steps=20, batch_size=128, rollout_batch=128),
                 code=dict(steps=20, batch_size=128, rollout_batch=128),
                 dog=dict(steps=20, batch_size=64),
                 dispatch=dict(steps=16, batch_size=48, rollout_batch=24))
 SIZES = dict(math=501, code=501, dog=192, dispatch=48)       # test questions that are sampled
-CHAT = dict(model=None, cache=None)                          # folders, from the command line
+CHAT = dict(model=None, cache=None, device="cpu")            # from the command line
 
 
 def dog(text, example): return 1. if "dog" in text.lower() else -1.
@@ -56,7 +57,8 @@ def base(task):
     if task in ("math", "code"): return *lab.load("A")[:2], lab.load("A")[2][task]
     folder, task = (DATA / "stories260k", DOG) if task == "dog" else (CHAT["model"], DISPATCH)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    return model, AutoTokenizer.from_pretrained(folder), task
+    device = "cpu" if task is DOG else CHAT["device"]
+    return model.to(device), AutoTokenizer.from_pretrained(folder), task
 
 
 def measured(model, tok, task, n):
@@ -79,9 +81,14 @@ def adapted(name, seed):
     return get_peft_model(model, config), tok, task
 
 
+def device_of(model):
+    "Its name, for the record"
+    return torch.cuda.get_device_name() if model.device.type == "cuda" else "cpu"
+
+
 def untrained(name):
     model, tok, task = adapted(name, 0)
-    row = dict(task=name, lr=None) | measured(model, tok, task, SIZES[name])
+    row = dict(task=name, lr=None, device=device_of(model)) | measured(model, tok, task, SIZES[name])
     model.unload()
     return row
 
@@ -91,7 +98,7 @@ def one(name, seed, lr, folder):
     model, tok, task = adapted(name, seed)
     steps = iter(range(10 ** 6))
     config = ReinforceConfig(**SETTINGS[name], val_every=0, val_limit=8, seed=seed, lr=lr)
-    row = dict(task=name, seed=seed, lr=lr)
+    row = dict(task=name, seed=seed, lr=lr, device=device_of(model))
     resume = folder is not None and (folder / "state.pt").is_file()
     try: h = train_expert(model, tok, task, config, folder, resume, lambda *_: next(steps), False)
     except Diverged as e:
@@ -114,10 +121,11 @@ def main():
     p.add_argument("--rates", nargs="+", help="only these")
     p.add_argument("--chat", help="folder of SmolLM2-135M-Instruct, for dispatch")
     p.add_argument("--cache", help="folder for its decompositions")
+    p.add_argument("--device", default="cpu", help="where it runs")
     p.add_argument("--out", default=str(RECORDS / "auto-lr.json"))
     a = p.parse_args()
     torch.set_num_threads(1)
-    CHAT.update(model=a.chat, cache=a.cache)
+    CHAT.update(model=a.chat, cache=a.cache, device=a.device)
     work = Work(a.work)
     for name in a.tasks:
         work.do(f"{name}-base", lambda: untrained(name))

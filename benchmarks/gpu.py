@@ -3,15 +3,20 @@
     python benchmarks/gpu.py decompose                    singular bases of Llama-3-8B's matrices
     python benchmarks/gpu.py step [--bits 4] [--cap 16]   time and peak memory of a step on a
                                                           Llama-3-8B of random weights
-    python benchmarks/gpu.py learn --model FOLDER --data-dir D     a real small model on GSM8K,
-                                       ARC-Easy and MBPP, SVF and LoRA, three seeds
+    python benchmarks/gpu.py learn --model FOLDER --data-dir D [--jobs 12]      a real small chat
+                    model learns four tasks by SVF, LoRA and SVF on gold answers, three seeds each
 
 Every stage writes transformer2_nbdev/data/records/gpu-STAGE[...].json with the device's name. `--tiny` shrinks
 the shapes, so that a CPU runs a stage in seconds (for the tests: its times mean nothing).
 `--cap 16` makes a larger card answer like one of 16 GB. A stage starts no new work when
-`--minutes` are over; `learn` goes on where it stopped, from the pieces in runs/gpu-learn.
+`--minutes` are over; `learn` goes on where it stopped, from the pieces in --work.
+
+`learn` uses one command and the defaults (lr="auto") for every run; LEARN below says how many steps
+of how many answers. The z of the last step is what is asked: nothing is chosen on a validation.
+Its matrix products are TF32 on a GPU, its programs (mbpp) run in the sandbox of room 17.
 """
-import argparse, json, statistics, sys, time
+import argparse, gc, json, multiprocessing, statistics, sys, time
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -118,22 +123,25 @@ class Official(nn.Module):
 
 
 def random_model(a):
-    "The model with random weights, made on the device; linear layers in four bits where asked for"
+    "The model with random weights; in four bits, no more than one dense matrix at a time is there"
     from transformers import AutoModelForCausalLM
     torch.manual_seed(a.seed)
-    with torch.device(a.device), no_init():
+    with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(shape(a), dtype=a.dtype)
-    with torch.no_grad():
-        for p in model.parameters(): p.normal_(0, .02) if p.ndim > 1 else p.fill_(1.)
     if a.bits < 16: pack(model, a)
-    return model.eval().requires_grad_(False)
+    for module in model.modules():
+        for name, p in module._parameters.items():
+            if p is None or not p.is_meta: continue
+            new = torch.empty_like(p, device=a.device)
+            module._parameters[name] = nn.Parameter(drawn(new), requires_grad=False)
+    rotary = type(model.model.rotary_emb)                     # its tables follow from the config
+    model.model.rotary_emb = rotary(model.config).to(a.device)
+    return model.eval()
 
 
-def no_init():
-    "transformers' own switch, so that eight billion numbers are drawn once"
-    from transformers import initialization
-    known = hasattr(initialization, "no_init_weights")
-    return initialization.no_init_weights() if known else nullcontext()
+def drawn(p):
+    "Random numbers of the size that a model's weights have, in place"
+    return p.normal_(0, .02) if p.ndim > 1 else p.fill_(1.)
 
 
 def pack(model, a):
@@ -141,13 +149,13 @@ def pack(model, a):
     import bitsandbytes as bnb
     for name in adapter.linear_names(model):
         parent, leaf = model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]
-        lin = getattr(parent, leaf)
-        new = bnb.nn.Linear4bit(lin.in_features, lin.out_features, bias=False,
-                                compute_dtype=a.dtype, quant_type="nf4", device="meta")
+        m, n = getattr(parent, leaf).weight.shape
+        new = bnb.nn.Linear4bit(n, m, bias=False, compute_dtype=a.dtype, quant_type="nf4",
+                                device="meta")
         new.support_avx512bf16_for_cpu = False       # a rehearsal on a CPU: no packed kernel
-        new.weight = bnb.nn.Params4bit(lin.weight.data.cpu(), requires_grad=False, quant_type="nf4",
-                                       module=new)
-        setattr(parent, leaf, new.to(a.device)); del lin
+        new.weight = bnb.nn.Params4bit(drawn(torch.empty(m, n, dtype=a.dtype, device=a.device)),
+                                       requires_grad=False, quant_type="nf4", module=new)
+        setattr(parent, leaf, new.to(a.device))
 
 
 def with_random_bases(make):
@@ -218,6 +226,8 @@ def steps(a):
             if not out_of_memory(e): raise
             rows[name] = dict(fits=False)
         del model
+        step = None                                          # it holds the model, too
+        gc.collect()
         if a.device == "cuda": torch.cuda.empty_cache()
         if name != "official": rows[name]["foretold"] = foretold(name, a)
         print(name, rows[name], flush=True)
@@ -236,48 +246,108 @@ def foretold(name, a):
 
 # --- 3: learning
 
-def runs(a):
-    "Every run of stage 3, seeds outermost: a stage cut short has compared all methods once"
-    tasks = ["lab:math"] if a.tiny else ["gsm8k", "arc_easy", "mbpp"]
-    methods = ("svf", "lora")
-    return [(task, method, seed) for seed in range(a.seeds) for task in tasks for method in methods]
+DISPATCH = [("real.dispatch", "test", 90), ("real.dispatch", "transfer", 300)]
+ARC = [("real.arc", "test", 256), ("real.arc_challenge", "test", 256)]
+LEARN = {                          # the longest first; asked before and after: task, split, n
+    "mbpp": dict(steps=20, batch=64, new=160, asked=[("mbpp", "test", 200)]),
+    "real.gsm8k": dict(steps=24, batch=64, new=96, asked=[("real.gsm8k", "test", 256)]),
+    "real.arc": dict(steps=32, batch=64, new=12, asked=ARC),
+    "real.dispatch": dict(steps=24, batch=64, new=4, asked=DISPATCH),
+}
+TINY_LEARN = {"lab:math": dict(steps=1, batch=2, new=6, asked=[("lab:math", "test", 16)])}
+METHODS = ("svf", "lora", "labels")          # labels: SVF on the gold answers (paper, Table 4)
+
+
+def fresh(a, method=None):
+    "The model, with the adapter of a method; all runs share their singular bases in a folder"
+    from peft import LoraConfig, get_peft_model
+    from transformer2_nbdev import cli
+    model, tokenizer = cli.load_model(a.model, "auto", a.device)
+    if not method: return model, tokenizer
+    svf = adapter.SvfConfig(target_modules="all-linear", cache_dir=str(Path(a.work) / "bases"))
+    lora = LoraConfig(r=16, target_modules=adapter.resolve_targets(svf, model))
+    return get_peft_model(model, lora if method == "lora" else svf), tokenizer
+
+
+def asked(a, model, tokenizer, task):
+    "Question by question: who was right, who could be read"
+    from transformer2_nbdev import cli
+    from transformer2_nbdev.evaluate import evaluate, pack
+    rows = []
+    for name, split, n in a.learn[task]["asked"]:
+        r = evaluate(model, tokenizer, cli.task_of(name, a.data_dir, None, None, None), split=split,
+                     limit=n, batch_size=64, max_new_tokens=a.learn[task]["new"], progress=False)
+        rows.append(dict(task=name, split=split, n=r.n, correct=r.correct, bits=pack(r.items),
+                         parsed=pack(i["parsed"] is not None for i in r.items)))
+    return rows
 
 
 def learn_one(a, task, method, seed):
-    "One expert: accuracy before and after, on the same questions"
+    "One expert: how it was trained, and what it answers"
     from transformer2_nbdev import cli
-    from transformer2_nbdev.evaluate import evaluate, paired
-    from transformer2_nbdev.reinforce import ReinforceConfig, train_expert
-    asked = cli.task_of(task, a.data_dir, None, None, None)
-    model, tokenizer = cli.load_model(a.model, "auto", a.device)
-    before = evaluate(model, tokenizer, asked, limit=a.questions, batch_size=64,
-                      max_new_tokens=a.new, progress=False)
-    model = scale.adapt(model, scale.Setup(method=method, rank=16 if method == "lora" else None,
-                                           target_modules="all-linear"))
-    config = ReinforceConfig(steps=a.steps, batch_size=a.batch, rollout_batch=a.batch,
-                             max_new_tokens=a.new, seed=seed, val_limit=min(64, a.questions),
-                             val_every=0)
-    history = train_expert(model, tokenizer, asked, config)
-    after = evaluate(model, tokenizer, asked, limit=a.questions, batch_size=64,
-                     max_new_tokens=a.new, progress=False)
-    d = paired(before, after)
-    return dict(task=task, method=method, seed=seed, n=before.n, before=before.acc, after=after.acc,
-                diff=d.diff, low=d.low, high=d.high,
-                seconds=sum(m.get("seconds", 0.) for m in history.metrics))
+    from transformer2_nbdev.reinforce import ReinforceConfig, sft, train_expert
+    torch.manual_seed(seed)
+    how = a.learn[task]
+    model, tokenizer = fresh(a, method)
+    config = ReinforceConfig(steps=how["steps"], batch_size=how["batch"], max_new_tokens=how["new"],
+                             rollout_batch=how["batch"], val_every=0, val_limit=8, val_samples=1,
+                             seed=seed, save_every=how["steps"])
+    out = Path(a.work) / "experts" / f"{task}-{method}-{seed}".replace(":", "-")
+    h = (sft if method == "labels" else train_expert)(
+        model, tokenizer, cli.task_of(task, a.data_dir, None, None, None), config, out=out,
+        resume=(out / "state.pt").is_file(), progress=False)
+    seen = {k: [float(f"{x:.4g}") for x in h.column(k)[1]]
+            for k in ("accuracy", "reward", "nll", "kl", "step_kl", "lr", "seconds")
+            if any(k in m for m in h.metrics)}
+    learned = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    return dict(task=task, method=method, seed=seed, learned=learned, curve=seen,
+                asked=asked(a, model, tokenizer, task))
+
+
+def piece(a, ends, task, method, seed):
+    "A finished run, or None when the time is over: the work of one process"
+    if a.device == "cuda":
+        torch.backends.cuda.matmul.allow_tf32 = True
+        torch.set_num_threads(1)
+    work = Work(a.work)
+    key = f"{Path(a.model).name}-{task}-{method}-{seed}".replace(":", "-")
+    if time.time() > ends and not (work.folder / f"{key}.json").is_file(): return None
+    if method == "base":
+        return work.do(key, lambda: dict(task=task, method=method, asked=asked(a, *fresh(a), task)))
+    return work.do(key, lambda: learn_one(a, task, method, seed))
 
 
 def learn(a):
     "As many runs as the minutes allow; what is there already is read"
     if not a.model: raise ValueError("learn needs --model: a folder, a hub id, or lab:A")
-    work, began, rows, left = Work(a.work), time.monotonic(), [], 0
-    for task, method, seed in runs(a):
-        key = f"{Path(a.model).name}-{task}-{method}-{seed}".replace(":", "-")
-        late = time.monotonic() - began > 60 * a.minutes
-        if late and not (work.folder / f"{key}.json").is_file():
-            left += 1; continue
-        rows.append(work.do(key, lambda: learn_one(a, task, method, seed)))
-    return dict(model=a.model if a.model.startswith("lab:") else Path(a.model).name, steps=a.steps,
-                batch=a.batch, new=a.new, rows=rows, left_to_do=left)
+    fresh(a, "svf")                                  # the singular bases, for all
+    runs = [(task, "base", 0) for task in a.learn]
+    runs += [(t, m, s) for s in range(a.seeds) for t in a.learn for m in METHODS]
+    ends = time.time() + 60 * a.minutes
+    if a.jobs == 1: found = [piece(a, ends, *r) for r in runs]
+    else:
+        with ProcessPoolExecutor(a.jobs, multiprocessing.get_context("spawn")) as pool:
+            started = [pool.submit(piece, a, ends, *r) for r in runs]
+            found = [finished(*x) for x in zip(runs, started)]
+    rows = [r for r in found if r]
+    for r in rows: compare(r, next((b for b in rows if b["task"] == r["task"]), r))
+    return dict(model=a.model if a.model.startswith("lab:") else Path(a.model).name,
+                matmul="tf32" if a.device == "cuda" else "float32", plan=a.learn, rows=rows, left_to_do=found.count(None))
+
+
+def finished(run, future):
+    "A run's row; one that failed is said, and left to do"
+    try: return future.result()
+    except Exception as e: print(*run, "failed:", f"{type(e).__name__}: {e}"[:300], flush=True)
+
+
+def compare(row, base):
+    "Gain over the base on the same questions, with its interval"
+    from transformer2_nbdev.evaluate import paired, unpack
+    items = lambda x: [dict(id=str(i), gold="", correct=c) for i, c in enumerate(unpack(x["bits"]))]
+    for after, before in zip(row["asked"], base["asked"]):
+        d = paired(items(before), items(after))
+        after.update(before=before["correct"], diff=d.diff, low=d.low, high=d.high, p=d.p)
 
 
 STAGES = dict(decompose=decompositions, step=steps, learn=learn)
@@ -296,19 +366,19 @@ def options(words=None):
     p.add_argument("--checkpointing", action="store_true")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--model"); p.add_argument("--data-dir")
-    p.add_argument("--steps", type=int, default=20)
-    p.add_argument("--questions", type=int, default=200)
+    p.add_argument("--tasks", nargs="+", choices=list(LEARN), default=list(LEARN))
     p.add_argument("--seeds", type=int, default=3)
+    p.add_argument("--jobs", type=int, default=1, help="runs of `learn` beside each other")
     p.add_argument("--work", default="runs/gpu-learn"); p.add_argument("--out")
     a, said = p.parse_args(words), sys.argv[1:] if words is None else words
     hidden = (a.model if a.model and Path(a.model).is_dir() else None, a.data_dir, a.work, a.out)
     a.command = " ".join(["python benchmarks/gpu.py",
                           *[Path(w).name if w in hidden else w for w in said]])
-    a.batch = a.batch or (2 if a.tiny else 64 if a.stage == "learn" else 1)
+    a.batch = a.batch or (2 if a.tiny else 1)
     a.prompt, a.new = a.prompt or (6 if a.tiny else 256), a.new or (6 if a.tiny else 256)
     a.dtype = torch.float32 if a.tiny or a.device == "cpu" else torch.bfloat16
-    if a.tiny:
-        a.steps, a.questions, a.seeds = min(a.steps, 1), min(a.questions, 16), min(a.seeds, 1)
+    a.learn = TINY_LEARN if a.tiny else {t: LEARN[t] for t in LEARN if t in a.tasks}
+    if a.tiny: a.seeds = 1
     return a
 
 
