@@ -88,7 +88,8 @@ def device_of(model):
 
 def untrained(name):
     model, tok, task = adapted(name, 0)
-    row = dict(task=name, lr=None, device=device_of(model)) | measured(model, tok, task, SIZES[name])
+    row = dict(task=name, lr=None, device=device_of(model))
+    row |= measured(model, tok, task, SIZES[name])
     model.unload()
     return row
 

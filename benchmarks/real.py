@@ -9,26 +9,25 @@ What SmolLM2-135M-Instruct answers to the tasks of room 20, as it is and with it
 
 and then, for the unseen ARC-Challenge, which expert each way of adapting chooses (prompt,
 classifier, few-shot over ten training questions), and what the chosen ones answer. Experts are
-adapter folders, given as NAME=FOLDER: `dispatch` and `arc` learned from rewards, `labels` from the
-right answers (`--label FOLDER` trains it). The last piece asks `labels` on weights as far from its
-own base as four-bit rounding moves them.
+adapter folders, given as NAME=FOLDER: `dispatch` learned from rewards, `labels` from the right
+teachers, `arc` from the right answers; all three by `benchmarks/gpu.py learn`, whose other runs and
+methods are in the record gpu-learn. `dispatch-1` and the like are other runs of the same kind. The
+last piece asks `labels` on weights as far from its own base as four-bit rounding moves them.
 Finished pieces are files in FOLDER; an interrupted benchmark goes on from there.
 """
 import argparse, json, os, re, statistics
 from pathlib import Path
 
 import torch
-from peft import PeftModel, get_peft_model
+from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pieces import RECORDS, Work, about, nats_an_answer
 from transformer2_nbdev import real
-from transformer2_nbdev.adapter import SvfConfig
 from transformer2_nbdev.evaluate import evaluate, model_card, pack, write_atomic
 from transformer2_nbdev.fewshot import FewShot, draw_shots
 from transformer2_nbdev.prompt import Dispatch
-from transformer2_nbdev.reinforce import ReinforceConfig, sft
 from transformer2_nbdev.rollout import rollout
 from transformer2_nbdev.tasks import get_task
 
@@ -39,7 +38,7 @@ ASKED = [("real.dispatch", "test", 90), ("real.dispatch", "transfer", 300),
 OF = dict(dispatch=("real.dispatch",), labels=("real.dispatch",),
           arc=("real.arc", "real.arc_challenge"))
 SIZE = 48                                    # answers at a time
-KEPT = ("accuracy", "kl", "step_kl", "lr")   # of every training step
+KEPT = ("accuracy", "nll", "kl", "step_kl", "lr")   # of every training step
 SEARCH = dict(population=12, generations=4)  # of the few-shot mixture
 
 
@@ -121,7 +120,7 @@ def told(folder):
     made = json.loads((Path(folder) / "result.json").read_text())
     made["base"] = made["model"] = real.MODEL
     command = re.sub(r"/\S*/", "", made["run"].get("command") or "")
-    made["run"]["command"] = re.sub(r"^real\.py", "python benchmarks/real.py", command)
+    made["run"]["command"] = re.sub(r"^(\w+\.py)", r"python benchmarks/\1", command)
     return made
 
 
@@ -142,20 +141,10 @@ def facts(experts):
     commands, curves = {}, {}
     for name, folder in experts.items():
         steps = (Path(folder) / "metrics.jsonl").read_text().splitlines()
-        seen = [m for m in map(json.loads, steps) if "accuracy" in m]
-        curves[name] = {k: [float(f"{m[k]:.4g}") for m in seen] for k in KEPT}
+        seen = [m for m in map(json.loads, steps) if m["step"] > 0]
+        curves[name] = {k: [float(f"{m[k]:.4g}") for m in seen if k in m] for k in KEPT}
         commands[name] = told(folder)["run"]["command"]
     return dict(commands=commands, curves=curves)
-
-
-def labelled(place, out):
-    "The dispatch expert once more, from the right answers instead of rewards (paper, Table 4)"
-    model, tok = loaded(place)
-    torch.manual_seed(0)
-    model = get_peft_model(model, SvfConfig(target_modules="all-linear"))
-    config = ReinforceConfig(steps=8, batch_size=48, rollout_batch=48, step_kl=.05, val_every=0,
-                             val_limit=15, val_samples=1, val_temperature=0., seed=0)
-    sft(model, tok, get_task("real.dispatch", DATA), config, out=out)
 
 
 def main():
@@ -166,12 +155,10 @@ def main():
     p.add_argument("--experts", nargs="*", default=[], metavar="NAME=FOLDER")
     p.add_argument("--only", nargs="+", choices=["base", "experts", "adapt", "far"])
     p.add_argument("--seeds", nargs="+", type=int, default=[0])
-    p.add_argument("--label", metavar="FOLDER", help="only train the expert `labels`, into FOLDER")
     p.add_argument("--ship", metavar="FOLDER", help="also write the SVF experts there, to publish")
     p.add_argument("--out", default=str(RECORDS / "real.json"))
     a = p.parse_args()
     torch.set_num_threads(1)
-    if a.label: return labelled(a.model, a.label)
     work, experts = Work(a.work), dict(e.split("=") for e in a.experts)
     wanted = lambda what: not a.only or what in a.only
     model, tok = loaded(a.model)

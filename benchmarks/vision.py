@@ -46,7 +46,6 @@ from transformer2_nbdev.reinforce import ReinforceConfig, train_expert
 BUDGET = dict(steps=16, batch_size=96, rollout_batch=96, val_every=4, val_limit=150)
 TESTED = "read", "animal", "letters", "colour", "count"
 EXPERTS = "read", "colour", "count"
-LABELLED = 501                  # test questions of each task that the dispatchers label
 SEARCH = dict(generations=6, patience=3, population=16)
 WORDING = dict(ask=lambda p: f"{p} which skill ?", say=lambda label: f"\\boxed{{ {label} }}",
                other=None, max_new_tokens=4, batch_size=167)
@@ -130,7 +129,7 @@ def dispatchers(model):
 def labels(model, name):
     "How often the base and the classifier give each label to a task's test questions"
     tasks = world()[1]
-    prompts = [tasks[name].prompt(e) for e in tasks[name].examples("test")[:LABELLED]]
+    prompts = [tasks[name].prompt(e) for e in tasks[name].examples("test")]
     out = {}
     for k, d in dispatchers(model).items():
         c = confusion([name] * len(prompts), d.classify(prompts), list(EXPERTS))
@@ -190,7 +189,7 @@ if __name__ == "__main__":
     parse = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parse.add_argument("--work", default="runs/vision", help="folder for finished pieces")
     parse.add_argument("--parts", nargs="+", default=["experts", "labels", "adapt"])
-    parse.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
+    parse.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parse.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
     parse.add_argument("--draws", type=int, nargs="+", default=[0, 1, 2], help="of ten shots")
     parse.add_argument("--out", type=Path, default=RECORDS / "vision.json")
