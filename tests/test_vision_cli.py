@@ -2,9 +2,11 @@
 import json
 
 import pytest
+from PIL import Image
 from typer.testing import CliRunner
 from vision_toy import COLOURS, llava, picture
 
+from transformer2_nbdev import vision
 from transformer2_nbdev.cli import app, load_model, targets_of
 
 
@@ -62,3 +64,27 @@ def test_what_is_wrong_is_one_line(world, tmp_path, monkeypatch):
         r = CliRunner().invoke(app, ["eval", "--model", "model", "--prompts", "data/bad.jsonl", "--reward", "reward.py:reward", "--out", str(tmp_path / "x")])
         lines = [l for l in r.stderr.splitlines() if l.strip()]
         assert r.exit_code == 2 and len(lines) == 1 and says in lines[0], r.stderr
+
+
+def test_the_labs_model_that_sees_is_a_model_like_any_other(tmp_path, monkeypatch):
+    "--model lab:V: trained, asked, mixed with its own experts, and its card's lines load it"
+    monkeypatch.chdir(tmp_path)
+    call("train", "--model", "lab:V", "--task", "lab.read", "--steps", 1, "--batch-size", 8, "--val-limit", 8, "--val-samples", 1, "--out", "new")
+    assert json.loads((tmp_path / "new" / "result.json").read_text())["base"] == "lab:V"
+    r = call("eval", "--model", "lab:V", "--expert", "new", "--task", "lab.read", "--limit", 4)
+    assert "n = 4" in r.output, r.output
+    card = (tmp_path / "new" / "README.md").read_text().split("```python\n")[1].split("```")[0]
+    monkeypatch.chdir(tmp_path / "new")
+    loaded = {}
+    exec(card, loaded)
+    assert loaded["model"].peft_config["default"].peft_type == "SVF"
+    monkeypatch.chdir(tmp_path)
+    seen = vision.tasks()["colour"].examples("test")[0]
+    Image.fromarray(vision.picture(*seen["facts"])).save(tmp_path / "p.png")
+    prompt = [dict(role="user", content=[dict(type="image", image="p.png"), dict(type="text", text="max asks : which colour ?")])]
+    (tmp_path / "p.jsonl").write_text(json.dumps(dict(prompt=prompt)) + "\n")
+    call("adapt", "--model", "lab:V", "--experts", "lab:read", "lab:colour", "--prompts", "p.jsonl", "--strategy", "prompt", "--out", "a.jsonl")
+    answer = json.loads((tmp_path / "a.jsonl").read_text().splitlines()[0])
+    assert answer["text"].strip() and sum(answer["weights"].values()) == 1
+    bad = CliRunner().invoke(app, ["eval", "--model", "lab:W", "--task", "lab.read"])
+    assert bad.exit_code != 0 and "no lab base 'W'" in bad.output + bad.stderr

@@ -10,14 +10,14 @@ __all__ = ['app', 'lab_app', 'Debug', 'Version', 'MENDABLE', 'PACKED', 'DTYPES',
            'Generations', 'Typed', 'AnswerFile', 'Base', 'Where', 'DEMO', 'SEARCH', 'HEAD', 'PAGE', 'INTRO', 'ADAPTING',
            'DemoOut', 'say_version', 'options', 'out_of_memory', 'line_of', 'told', 'go_on', 'resumable', 'Grouped',
            'option', 'quiet', 'device_of', 'reading', 'check_model_name', 'check_chat', 'note_on_chat', 'note_on_part',
-           'packed', 'loaders', 'load_model', 'check_modules', 'targets_of', 'language_alone', 'wrap', 'read_value',
-           'option_for', 'setting_params', 'WithSettings', 'task_of', 'only_fitting', 'says', 'Setup', 'run_training',
-           'train', 'report', 'given_by_hand', 'follow', 'in_folder', 'check_grid', 'grid_points', 'folder_name',
-           'one_value', 'finished', 'chosen', 'against', 'sweep_table', 'in_columns', 'check_sweep', 'run_sweep',
-           'evaluate', 'put_on', 'shipped', 'folder_of', 'folders_of', 'wording_of', 'ends_like', 'shots_of',
-           'Choosing', 'strategy_of', 'check_choosing', 'shown_answer', 'converse', 'write_answers', 'adapt',
-           'prompts_in', 'check_answer_file', 'run_adapt', 'plan', 'local_tokenizer', 'export', 'base_of', 'build',
-           'train_skills', 'ask_all', 'adapt_all', 'rows_of', 'draw_rewards', 'draw_bars', 'knobs_of', 'rms',
+           'packed', 'loaders', 'lab_of', 'load_model', 'check_modules', 'targets_of', 'language_alone', 'wrap',
+           'read_value', 'option_for', 'setting_params', 'WithSettings', 'task_of', 'only_fitting', 'says', 'Setup',
+           'run_training', 'train', 'report', 'given_by_hand', 'follow', 'in_folder', 'check_grid', 'grid_points',
+           'folder_name', 'one_value', 'finished', 'chosen', 'against', 'sweep_table', 'in_columns', 'check_sweep',
+           'run_sweep', 'evaluate', 'put_on', 'shipped', 'folder_of', 'folders_of', 'wording_of', 'ends_like',
+           'shots_of', 'Choosing', 'strategy_of', 'check_choosing', 'shown_answer', 'converse', 'write_answers',
+           'adapt', 'prompts_in', 'check_answer_file', 'run_adapt', 'plan', 'local_tokenizer', 'export', 'base_of',
+           'build', 'train_skills', 'ask_all', 'adapt_all', 'rows_of', 'draw_rewards', 'draw_bars', 'knobs_of', 'rms',
            'draw_knobs', 'draw_spectra', 'draw_mixtures', 'picture', 'html_table', 'page_of', 'run_demo', 'demo',
            'main']
 
@@ -215,6 +215,12 @@ def loaders(path: str | Path) -> tuple: # AutoModelFor..., AutoTokenizer or Auto
     if sees: return hf.AutoModelForImageTextToText, hf.AutoProcessor
     return hf.AutoModelForCausalLM, hf.AutoTokenizer
 
+# %% ../nbs/24_cli.ipynb #a7acd802
+def lab_of(model: str): # lab:NAME -> its module
+    "Where a model of the lab is loaded from: `vision` for one that sees, `lab` for the others"
+    from transformer2_nbdev import lab, vision
+    return vision if model[4:] in vision.BASES else lab
+
 # %% ../nbs/24_cli.ipynb #874028d4
 DTYPES = ("auto", "float32", "bfloat16", "float16", *PACKED)
 
@@ -224,9 +230,8 @@ def load_model(name: str, dtype: str = "auto", device: str | None = None) -> tup
         raise ValueError(f"--dtype {dtype}: choose {', '.join(DTYPES[:-1])} or {DTYPES[-1]}")
     device = device_of(device)
     if name.startswith("lab:"):
-        from transformer2_nbdev import lab
         if dtype in PACKED: raise ValueError(f"--dtype {dtype}: the lab's models are not packed")
-        model, tokenizer, _ = lab.load(name[4:])
+        model, tokenizer, _ = lab_of(name).load(name[4:])
         return model.to(device), tokenizer
     path, wanted = check_model_name(name), dict(dtype=dtype, output_loading_info=True)
     if dtype in PACKED: wanted |= packed(dtype, device)
@@ -667,8 +672,7 @@ def put_on(model, expert: str | None):
 # %% ../nbs/24_cli.ipynb #151d836a
 def shipped(model: str, expert: str) -> str:
     "The folder of an expert that comes with a lab base"
-    from transformer2_nbdev import lab
-    there = lab.experts(model[4:]) if model.startswith("lab:") else {}
+    there = lab_of(model).experts(model[4:]) if model.startswith("lab:") else {}
     if expert in there: return there[expert]
     known = ", ".join(there) or "no experts"
     raise ValueError(f"--experts lab:{expert}: {model} ships with {known}")
@@ -706,8 +710,9 @@ def wording_of(model: str, names: list[str]) -> dict: # arguments of Dispatch
     "How the model is asked which expert it needs"
     from transformer2_nbdev.prompt import GUIDES, question
     if model.startswith("lab:"):
+        from transformer2_nbdev import lab
         return dict(ask=lambda p: f"{p} which skill ?", say=lambda l: f"\\boxed{{ {l} }}",
-                    other="other", max_new_tokens=4)
+                    other="other" if lab_of(model) is lab else None, max_new_tokens=4)
     guides = {n: GUIDES.get(n, f"it is a case for {n}") for n in names}
     guides["others"] = GUIDES["others"]
     return dict(ask=lambda p: question(p, guides))
@@ -910,9 +915,7 @@ def plan(model: Annotated[str, option("llama3-8b, mistral-7b, llama3-70b, qwen3-
 # %% ../nbs/24_cli.ipynb #3c5e0004
 def local_tokenizer(model: str):
     "The tokenizer of a model that is here, or None"
-    if model.startswith("lab:"):
-        from transformer2_nbdev import lab
-        return lab.load(model[4:])[1]
+    if model.startswith("lab:"): return lab_of(model).load(model[4:])[1]
     here = Path(model).expanduser()
     if (here / "tokenizer_config.json").is_file(): return loaders(here)[1].from_pretrained(here)
 

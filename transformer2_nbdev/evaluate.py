@@ -679,8 +679,9 @@ def load_lines(record: dict) -> list[str]: # of Python, to be run in the expert'
     ours = look_up(record, "training", "method") in ("SVF", None)    # its import registers SVF
     lines = ["import peft" + (", transformer2_nbdev" if ours else "")]
     if name.startswith("lab:"):
-        lines += ["from transformer2_nbdev import lab",
-                  f"base, tokenizer, tasks = lab.load({name[4:]!r})"]
+        room = "vision" if look_up(record, "sees") else "lab"
+        lines += [f"from transformer2_nbdev import {room}",
+                  f"base, tokenizer, tasks = {room}.load({name[4:]!r})"]
     else:
         model, reader = (("ImageTextToText", "Processor") if look_up(record, "sees")
                          else ("CausalLM", "Tokenizer"))
