@@ -104,6 +104,22 @@ def loaded(folder): # a fresh base
     return model, AutoTokenizer.from_pretrained(folder)
 
 
+LEARNED = dict(dispatch=("svf", "rewards"), labels=("labels", "the right teachers"),
+               arc=("labels", "the right answers"))     # method in the record gpu-learn, and what of
+
+
+def measured(name):
+    "What an expert answers to test questions, beside its base: lines of its card"
+    method, source = LEARNED[name]
+    row = next(r for r in json.loads((RECORDS / "gpu-learn.json").read_text())["rows"]
+               if (r["task"], r["method"]) == (OF[name][0], method))
+    lines = ["", "## On test questions", "",
+             f"It learned from {source}. Room 20 of the book has more.", "",
+             "| task | split | the base | this expert | of |", "|---|---|---|---|---|"]
+    return "\n".join(lines + [f"| {x['task']} | {x['split']} | {x['before']} | {x['correct']} | "
+                              f"{x['n']} |" for x in row["asked"]]) + "\n"
+
+
 NOTE = """
 ## The weights it was made for
 
@@ -133,7 +149,7 @@ def ship(folder, out):
     config = json.loads((folder / "adapter_config.json").read_text())
     config["base_model_name_or_path"] = real.MODEL
     write_atomic(out / "adapter_config.json", json.dumps(config) + "\n")
-    write_atomic(out / "README.md", model_card(told(folder)).rstrip() + "\n" + NOTE)
+    write_atomic(out / "README.md", model_card(told(folder)).rstrip() + "\n" + measured(out.name) + NOTE)
 
 
 def facts(experts):
