@@ -99,13 +99,22 @@ def moved(model, seed=0):
     return statistics.mean(far)
 
 
+@torch.no_grad()
+def added(other, place, folder):
+    "Give other weights what an expert adds to its own, W' - W: what a LoRA of full rank would do"
+    base, expert = loaded(place)[0], PeftModel.from_pretrained(loaded(place)[0], folder)
+    new, old = (dict(m.named_parameters()) for m in (expert.merge_and_unload(), base))
+    for name, p in other.named_parameters(): p += new[name] - old[name]
+    return other
+
+
 def loaded(folder): # a fresh base
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     return model, AutoTokenizer.from_pretrained(folder)
 
 
 LEARNED = dict(dispatch=("svf", "rewards"), labels=("labels", "the right teachers"),
-               arc=("labels", "the right answers"))     # method in the record gpu-learn, and what of
+               arc=("labels", "the right answers"))     # method in the record gpu-learn; from what
 
 
 def measured(name):
@@ -149,7 +158,8 @@ def ship(folder, out):
     config = json.loads((folder / "adapter_config.json").read_text())
     config["base_model_name_or_path"] = real.MODEL
     write_atomic(out / "adapter_config.json", json.dumps(config) + "\n")
-    write_atomic(out / "README.md", model_card(told(folder)).rstrip() + "\n" + measured(out.name) + NOTE)
+    card = model_card(told(folder)).rstrip() + "\n" + measured(out.name) + NOTE
+    write_atomic(out / "README.md", card)
 
 
 def facts(experts):
@@ -198,8 +208,12 @@ def main():
     if wanted("far") and "labels" in experts:
         other, tok = loaded(a.model)
         by = moved(other)
-        other = PeftModel.from_pretrained(other, experts["labels"])
-        work.do("far-labels", lambda: dict(moved=by) | answers(other, tok, *ASKED[0]))
+        far = PeftModel.from_pretrained(other, experts["labels"])
+        work.do("far-labels", lambda: dict(moved=by) | answers(far, tok, *ASKED[0]))
+        far = added(far.unload(), a.model, experts["labels"])
+        work.do("far-labels-added", lambda: dict(moved=by) | answers(far, tok, *ASKED[0]))
+        own = added(loaded(a.model)[0], a.model, experts["labels"])
+        work.do("own-labels-added", lambda: answers(own, tok, *ASKED[0]))
     for name, folder in experts.items():
         if a.ship and name in OF: ship(folder, Path(a.ship) / name)
     rows = {f.stem: json.loads(f.read_text()) for f in sorted(work.folder.glob("*.json"))}
