@@ -86,5 +86,21 @@ def test_the_labs_model_that_sees_is_a_model_like_any_other(tmp_path, monkeypatc
     call("adapt", "--model", "lab:V", "--experts", "lab:read", "lab:colour", "--prompts", "p.jsonl", "--strategy", "prompt", "--out", "a.jsonl")
     answer = json.loads((tmp_path / "a.jsonl").read_text().splitlines()[0])
     assert answer["text"].strip() and sum(answer["weights"].values()) == 1
-    bad = CliRunner().invoke(app, ["eval", "--model", "lab:W", "--task", "lab.read"])
-    assert bad.exit_code != 0 and "no lab base 'W'" in bad.output + bad.stderr
+
+
+@pytest.mark.parametrize("words, said", [
+    (["--model", "lab:W"], "error: no lab base 'W'; there are A, A-sibling, A-control, B, B-wide, V"),
+    (["--model", "lab:V", "--expert", "lab:math"], "error: expert lab:math: lab:V ships with cls, colour, count, read"),
+    (["--model", "lab:A", "--expert", "lab:read"], "error: expert lab:read: lab:A ships with cls, code, logic, math"),
+    (["--model", "lab:V", "--dtype", "nf4"], "error: --dtype nf4: the lab's models are not packed")])
+def test_what_the_lab_has_not_is_said_in_one_line(words, said):
+    bad = CliRunner().invoke(app, ["eval", *words, "--task", "lab.read", "--limit", "2"])
+    assert bad.exit_code == 2 and bad.stderr.strip() == said
+
+
+def test_an_expert_that_ships_is_named_and_a_plan_reads_a_model_that_sees():
+    base, expert = (call("eval", "--model", "lab:V", *e, "--task", "lab.read", "--limit", 60).output for e in ([], ["--expert", "lab:read"]))
+    right = [float(said.split("%")[0].split(":")[1]) for said in (base, expert)]
+    assert right[1] > right[0] + 10, right
+    r = call("plan", "--model", "lab:V", "--gpu", "16GB")
+    assert "3,936 learned" in r.output and "--prompt-tokens" in r.stderr

@@ -128,7 +128,9 @@ def option(help: str, heading: str | None = None, *names: str, **kw): # kw: of `
 def quiet() -> None:
     "No warnings and bars of other libraries; our own warning in one line"
     import warnings
+    from logging import ERROR, getLogger
     from transformers.utils import logging
+    getLogger("bitsandbytes").setLevel(ERROR)
     warnings.filterwarnings("ignore")
     logging.set_verbosity_error()
     logging.disable_progress_bar()
@@ -219,7 +221,9 @@ def loaders(path: str | Path) -> tuple: # AutoModelFor..., AutoTokenizer or Auto
 def lab_of(model: str): # lab:NAME -> its module
     "Where a model of the lab is loaded from: `vision` for one that sees, `lab` for the others"
     from transformer2_nbdev import lab, vision
-    return vision if model[4:] in vision.BASES else lab
+    there = dict.fromkeys(lab.BASES, lab) | dict.fromkeys(vision.BASES, vision)
+    if model[4:] in there: return there[model[4:]]
+    raise ValueError(f"no lab base {model[4:]!r}; there are {', '.join(there)}")
 
 # %% ../nbs/24_cli.ipynb #874028d4
 DTYPES = ("auto", "float32", "bfloat16", "float16", *PACKED)
@@ -663,7 +667,9 @@ def evaluate(model: Model, task: Task = None, prompts: Prompts = None, reward: R
 def put_on(model, expert: str | None):
     "A model with a saved adapter, or as it is"
     from peft import PeftModel
+    from transformer2_nbdev.evaluate import base_name
     if expert is None: return model
+    if expert.startswith("lab:"): expert = shipped(base_name(model) or "", expert[4:])
     if not (Path(expert) / "adapter_config.json").is_file():
         raise FileNotFoundError(f"--expert {expert}: no adapter_config.json in it; give a folder "
                                 "that train wrote")
@@ -675,7 +681,7 @@ def shipped(model: str, expert: str) -> str:
     there = lab_of(model).experts(model[4:]) if model.startswith("lab:") else {}
     if expert in there: return there[expert]
     known = ", ".join(there) or "no experts"
-    raise ValueError(f"--experts lab:{expert}: {model} ships with {known}")
+    raise ValueError(f"expert lab:{expert}: {model or 'this model'} ships with {known}")
 
 def folder_of(model: str, text: str) -> tuple[str, str]: # (name, folder)
     "One expert as it stands on the command line: a folder, name=folder, or lab:NAME"
@@ -911,6 +917,8 @@ def plan(model: Annotated[str, option("llama3-8b, mistral-7b, llama3-70b, qwen3-
                         rank=rank, checkpointing=checkpointing)
     plans = scale.plans_for(model, gpu, setup, method, bits, batch_size)
     typer.echo(scale.report(plans, task or "TASK"))
+    if hasattr(scale.config_of(model), "vision_config"):
+        typer.echo("note: a picture's tokens are not counted: add them to --prompt-tokens", err=True)
 
 # %% ../nbs/24_cli.ipynb #3c5e0004
 def local_tokenizer(model: str):

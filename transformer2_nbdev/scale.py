@@ -31,7 +31,8 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 from torch.utils.flop_counter import flop_registry
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
+from transformers import (AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText,
+                          PretrainedConfig)
 from transformers.pytorch_utils import Conv1D
 
 from .adapter import (SvfConfig, SvfLayer, block_index, linear_names, offset,
@@ -405,8 +406,11 @@ def config_of(model: str) -> PretrainedConfig: # a name in `shapes`, a folder, l
 # %% ../nbs/22_scale.ipynb #9d000ebb
 def skeleton(config: PretrainedConfig, dtype: torch.dtype = torch.bfloat16) -> nn.Module:
     "The model on the meta device"
+    sees = hasattr(config, "vision_config") and type(config) in (
+        AutoModelForImageTextToText._model_mapping)
+    kind = AutoModelForImageTextToText if sees else AutoModelForCausalLM
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
+        model = kind.from_config(config, dtype=dtype, attn_implementation="sdpa")
     return model.eval()
 
 # %% ../nbs/22_scale.ipynb #0004c424
