@@ -918,7 +918,7 @@ def plan(model: Annotated[str, option("llama3-8b, mistral-7b, llama3-70b, qwen3-
     plans = scale.plans_for(model, gpu, setup, method, bits, batch_size)
     typer.echo(scale.report(plans, task or "TASK"))
     if hasattr(scale.config_of(model), "vision_config"):
-        typer.echo("note: a picture's tokens are not counted: add them to --prompt-tokens", err=True)
+        typer.echo("note: pictures' tokens are not counted: add them to --prompt-tokens", err=True)
 
 # %% ../nbs/24_cli.ipynb #3c5e0004
 def local_tokenizer(model: str):
