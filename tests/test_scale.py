@@ -484,7 +484,7 @@ def test_the_stage_that_learns_goes_on_where_it_stopped(tmp_path):
 
 
 def test_runs_beside_each_other_are_the_same_runs(tmp_path):
-    "Two processes find what one finds, and a run that fails is left to do"
+    "Two processes find what one finds"
     words = ["benchmarks/gpu.py", "learn", "--model", "lab:A", "--tiny", "--device", "cpu"]
     for jobs in ("1", "2"):
         where = tmp_path / jobs
@@ -494,6 +494,15 @@ def test_runs_beside_each_other_are_the_same_runs(tmp_path):
     one, two = (json.loads((tmp_path / j / "r.json").read_text()) for j in "12")
     for r in (*one["rows"], *two["rows"]): r.get("curve", {}).pop("seconds", None)
     assert one["rows"] == two["rows"] and one["left_to_do"] == 0
+
+
+def test_a_run_that_fails_is_said_and_left_to_do(capsys):
+    from concurrent.futures import Future
+    well, ill = Future(), Future()
+    well.set_result(dict(task="t")), ill.set_exception(RuntimeError("CUDA out of memory"))
+    assert gpu().finished(("t", "svf", 0), well) == dict(task="t") and capsys.readouterr().out == ""
+    assert gpu().finished(("t", "lora", 1), ill) is None
+    assert capsys.readouterr().out == "t lora 1 failed: RuntimeError: CUDA out of memory\n"
 
 
 # --- the plan
